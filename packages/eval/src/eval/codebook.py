@@ -2,7 +2,7 @@
 
 The state is one int64 count per code, so it is exact, merges by addition and does not depend on the
 order of tokens. Usage and perplexity grow with the number of tokens (uniform use of 2^18 codes
-measures a perplexity near 227,865 after a million tokens), so `tokens` belongs next to every figure.
+measures a perplexity near 227,865 after a million tokens): read them beside `tokens`.
 """
 
 from dataclasses import dataclass
