@@ -7,6 +7,7 @@ only what differs. `python -m tokenizer.train --cfg job` prints the complete con
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,3 +52,89 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], None]]
         return main
 
     return wrap
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of the autoencoder; the defaults are the published 256-pixel model (factor 16, 115 M parameters)."""
+
+    bits: int = 18  # codebook bits K: 2^K codes, one latent channel per bit
+    base_channels: int = 128  # width of the first level
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # width of each level / base_channels
+    blocks_per_level: int = 4  # residual blocks in each level and in the middle
+    norm_groups: int = 32  # groups of every group norm
+
+    def __post_init__(self) -> None:
+        self.multipliers = list(self.multipliers)
+        if not 1 <= self.bits <= 24:
+            raise ValueError(f"model.bits={self.bits}: allowed are 1 to 24")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"model.multipliers={self.multipliers}: give at least one level, each 1 or more")
+        if self.blocks_per_level < 1:
+            raise ValueError(f"model.blocks_per_level={self.blocks_per_level}: must be 1 or more")
+        for width in self.widths:
+            if width % self.norm_groups:
+                raise ValueError(
+                    f"model.norm_groups={self.norm_groups}: does not divide the width {width} of a level; "
+                    "change norm_groups or base_channels"
+                )
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from pixels to tokens."""
+        return [self.base_channels * m for m in self.multipliers]
+
+
+@dataclass
+class LossConfig:
+    """Weights of the training objective; the defaults are those of the published 256-pixel model (Section 3.1)."""
+
+    l1_weight: float = 1.0
+    perceptual_weight: float = 1.0  # LPIPS with a VGG-16 backbone; 0 needs no weights
+    perceptual_backbone: str | None = None  # file with torchvision's VGG-16 weights; null downloads them once
+    adversarial_weight: float = 0.1  # generator's share; 0 trains without a discriminator
+    adversarial_start_step: int = 0  # first step at which the discriminator counts
+    discriminator_channels: int = 64  # width of the first PatchGAN layer
+    discriminator_layers: int = 3  # PatchGAN layers between the first and the last
+    lecam_weight: float = 0.05  # LeCAM regulariser of the discriminator; the 128-pixel model has 0.01
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.1  # of sample_entropy_weight * H_sample - batch_entropy_weight * H_batch
+    sample_entropy_weight: float = 1.0
+    batch_entropy_weight: float = 1.0
+    entropy_temperature: float = 0.01  # tau of the softmax over codes
+    entropy_eps: float = 1e-5  # inside the outer logarithm; 0 gives the true entropy
+    entropy_scope: str = "local"  # batch entropy of each process's own batch (the original), or "global"
+    entropy_anneal_factor: float = 0.0  # entropy weight starts (1 + factor) times higher ...
+    entropy_anneal_steps: int = 2000  # ... and falls linearly to its value by this step
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.endswith("_weight") and value < 0:
+                raise ValueError(f"loss.{name}={value}: must be 0 or more")
+        if self.entropy_temperature <= 0:
+            raise ValueError(f"loss.entropy_temperature={self.entropy_temperature}: must be above 0")
+        if self.entropy_scope not in ("local", "global"):
+            raise ValueError(f"loss.entropy_scope={self.entropy_scope}: allowed are local and global")
+        if self.entropy_anneal_steps < 1:
+            raise ValueError(f"loss.entropy_anneal_steps={self.entropy_anneal_steps}: must be 1 or more")
+
+
+@dataclass
+class OptimConfig:
+    """Adam and its learning rate as a function of the step, the same for generator and discriminator."""
+
+    lr: float = 1e-4  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    schedule: str = "constant"  # after the warm-up: constant, step or cosine
+    warmup_steps: int = 0  # linear from 0
+    decay_steps: list[int] = field(default_factory=list)  # schedule=step: multiply by decay_factor at each of these
+    decay_factor: float = 0.1
+    min_lr: float = 0.0  # schedule=cosine: reached at the last step
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "step", "cosine"):
+            raise ValueError(f"optim.schedule={self.schedule}: allowed are constant, step and cosine")
+        if (self.schedule == "step") != bool(self.decay_steps):
+            raise ValueError(
+                f"optim.decay_steps={list(self.decay_steps)}: give steps with optim.schedule=step, and only then"
+            )

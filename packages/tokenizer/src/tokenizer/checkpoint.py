@@ -1,0 +1,101 @@
+"""The tokenizer checkpoint: a folder with `config.json` and `model.safetensors` (see docs/artifacts.md)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tokenizer.config import ModelConfig
+
+FORMAT = "omv2-tokenizer"
+VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read from disk."""
+
+    model: dict[str, Any]  # keyword arguments of ModelConfig
+    state: dict[str, Tensor]
+    id: str  # the path or repository id it was asked for by
+    digest: str  # sha256 of model.safetensors
+
+
+def save(folder: Path, model: ModelConfig, state: Mapping[str, Tensor], step: int) -> None:
+    """Write a checkpoint for use; the weights are renamed into place last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "version": VERSION, "model": asdict(model)}
+    write_json(folder / CONFIG_FILE, config)
+    metadata = {"format": FORMAT, "version": str(VERSION), "step": str(step)}
+    write_safetensors(folder / WEIGHTS_FILE, state, metadata)
+
+
+def load(path_or_id: str | Path) -> Loaded:
+    """Read a checkpoint from a folder, or from the Hugging Face hub when no such folder exists."""
+    folder = _resolve(str(path_or_id))
+    weights = folder / WEIGHTS_FILE
+    if not (folder / CONFIG_FILE).is_file() or not weights.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no tokenizer checkpoint: it needs {CONFIG_FILE} and {WEIGHTS_FILE} "
+            "(a training run writes them with its first checkpoint)"
+        )
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_FILE}: format is {config.get('format')!r}, expected {FORMAT!r}")
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: version is {config.get('version')!r}, this program reads version {VERSION}"
+        )
+    return Loaded(config["model"], load_file(weights), str(path_or_id), file_digest(weights))
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the training step of the weights in `folder`, or None where there are none."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        return None
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+        return int(weights.metadata()["step"])
+
+
+def _resolve(path_or_id: str) -> Path:
+    if Path(path_or_id).exists():
+        return Path(path_or_id)
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no tokenizer checkpoint at {path_or_id!r}: no such folder, and not to be had as a Hugging Face "
+            f"repository ({first_line}). Train one with `python -m tokenizer.train` or set ckpt=FOLDER"
+        ) from None
+
+
+def file_digest(path: Path) -> str:
+    """Return `sha256:...` of a file's content."""
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, replacing `path` in one piece."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, replacing `path` in one piece."""
+    temporary = path.with_name(path.name + ".tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, temporary, metadata)
+    temporary.replace(path)
