@@ -1,0 +1,158 @@
+"""Typed configuration of the commands of `eval`.
+
+A command's YAML root is `conf/eval/COMMAND.yaml`; names, types and defaults are the dataclasses
+below, and YAML holds only what differs. `python -m eval.rfid --cfg job` prints the complete
+configuration.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF_DIR = str(Path(__file__).with_name("conf"))
+
+T = TypeVar("T")
+
+
+def validated(cfg: DictConfig, schema: type[T]) -> T:
+    """Return `cfg` as a `schema` instance, or exit naming the key that is unknown, missing or
+    invalid."""
+    try:
+        # Through plain containers: merging the DictConfig itself would let unknown keys
+        # (`+modle=xl`) pass.
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
+    except (OmegaConfBaseException, ValueError) as error:
+        raise SystemExit(f"error: bad config: {error}") from None
+
+
+def command(
+    config_name: str, schema: type[T]
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+    """Turn `run(config)` into the entry point of the command whose YAML root is `config_name`.
+
+    What a user can mend (ValueError, OSError such as FileNotFoundError) ends in one line;
+    HYDRA_FULL_ERROR=1 shows where it was raised.
+    """
+
+    def wrap(run: Callable[[T], None]) -> Callable[[], None]:
+        @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name=config_name)
+        @functools.wraps(run)
+        def main(cfg: DictConfig) -> None:
+            config = validated(cfg, schema)
+            try:
+                run(config)
+            except (ValueError, OSError) as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                raise SystemExit(f"error: {error}") from None
+
+        return main
+
+    return wrap
+
+
+RECONSTRUCTION_METRICS = ("psnr", "ssim", "ssim_uniform7", "lpips_alex")
+CODEBOOK_METRICS = ("codebook_usage", "codebook_perplexity")
+RFID_METRICS = (
+    *RECONSTRUCTION_METRICS,
+    "rfid",
+    "inception_score",
+    "precision",
+    "recall",
+    *CODEBOOK_METRICS,
+)
+FID_METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+
+
+@dataclass
+class DataConfig:
+    """The images to reconstruct; `data=NAME` chooses the data set as in `tokenizer.reconstruct`,
+    which reads them."""
+
+    name: str = "imagenet"  # imagenet | folder | webdataset | digits
+    root: str | None = None  # null: the data set's environment variable, e.g. IMAGENET_ROOT
+    split: str = "val"
+    resolution: int | None = None  # pixels; null: the data set's default
+
+
+@dataclass
+class MeasureConfig:
+    """What the commands that measure pictures have in common."""
+
+    out: str = "outputs/eval"  # run folder; results are added to it
+    metrics: list[str] | None = (
+        None  # null: all; a metric asked for by name that cannot be had is an error
+    )
+    batch_size: int = 64
+    weights: str | None = None  # Inception state dict; null: the cache, else a download
+    splits: int = 10  # of the inception score
+    neighbours: int = 3  # k of precision and recall
+    manifold_samples: int = (
+        10000  # pictures of each set that precision and recall use, spread evenly
+    )
+
+
+@dataclass
+class RfidConfig(MeasureConfig):
+    """`python -m eval.rfid`"""
+
+    ckpt: str | None = None  # tokenizer checkpoint (folder or hub id) to reconstruct with
+    pairs: str | None = None  # instead of ckpt: a folder of pair media shards that is already there
+    data: DataConfig = field(default_factory=DataConfig)
+    lpips_weights: str | None = None  # AlexNet state dict; null: the cache, else a download
+    keep: bool = False  # keep the reconstructions that were made for this run
+
+    def __post_init__(self) -> None:
+        if (self.ckpt is None) == (self.pairs is None):
+            raise ValueError(f"ckpt={self.ckpt} and pairs={self.pairs}; give exactly one of them")
+        _check_measure(self, RFID_METRICS)
+
+
+@dataclass
+class FidConfig(MeasureConfig):
+    """`python -m eval.fid`"""
+
+    samples: str = MISSING  # generated pictures: image folder, media shards, webdataset or .npz
+    ref: str = MISSING  # real pictures in the same forms, or NAME.safetensors with their statistics
+    samples_field: str | None = None  # of pair media shards: original | reconstruction
+    ref_field: str | None = None
+    n: int | None = None  # samples to use, the first n; fewer are refused; null: all
+    save_ref: str | None = (
+        None  # write the statistics of ref to this .safetensors file, to be used as ref later
+    )
+
+    def __post_init__(self) -> None:
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"n={self.n}; it must be at least 2")
+        if self.save_ref is not None and not self.save_ref.endswith(".safetensors"):
+            raise ValueError(f"save_ref={self.save_ref}; it must end in .safetensors")
+        _check_measure(self, FID_METRICS)
+
+
+def _check_measure(config: MeasureConfig, allowed: tuple[str, ...]) -> None:
+    for name in config.metrics or ():
+        if name not in allowed:
+            raise ValueError(f"metrics: {name!r} is not one of {', '.join(allowed)}")
+    if config.metrics == []:
+        raise ValueError("metrics=[]; name at least one, or null for all")
+    for option in ("batch_size", "splits", "neighbours"):
+        if getattr(config, option) < 1:
+            raise ValueError(f"{option}={getattr(config, option)}; it must be at least 1")
+    if config.manifold_samples <= config.neighbours:
+        raise ValueError(
+            f"manifold_samples={config.manifold_samples}; "
+            f"it must be larger than neighbours={config.neighbours}"
+        )
+
+
+ConfigStore.instance().store(name="eval_rfid_schema", node=RfidConfig)
+ConfigStore.instance().store(name="eval_fid_schema", node=FidConfig)
