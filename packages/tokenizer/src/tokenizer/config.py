@@ -55,6 +55,42 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], None]]
 
 
 @dataclass
+class DataConfig:
+    """A data set and how its pictures are cut; conf/tokenizer/data has one file per data set."""
+
+    name: str = "digits"  # digits, imagenet, folder or webdataset
+    root: str | None = None  # folder or brace pattern of tars; imagenet: null is $IMAGENET_ROOT
+    split: str = "train"  # the split to read: train, val or all, or a folder of this name
+    val_split: str = "val"  # the split that training validates on
+    val_fraction: float = 0.1  # held out as val where the data has no splits of its own
+    resolution: int = 32  # side of the square crop
+    resize: int | None = None  # shorter side before the crop; null: resolution
+    crop: str = "random"  # in training: random or center
+    flip: bool = False  # in training: mirror half of the pictures
+    exif_orientation: bool = True  # turn pictures as their EXIF data says
+    label_key: str = "label"  # webdataset: the class in .json where there is no .cls
+    num_workers: int = 2  # processes that decode pictures; 0: none
+
+    def __post_init__(self) -> None:
+        if self.name not in ("digits", "imagenet", "folder", "webdataset"):
+            raise ValueError(
+                f"data.name={self.name}: allowed are digits, imagenet, folder and webdataset"
+            )
+        if self.resolution < 1:
+            raise ValueError(f"data.resolution={self.resolution}: must be 1 or more")
+        if self.resize is not None and self.resize < self.resolution:
+            raise ValueError(
+                f"data.resize={self.resize}: must not be below data.resolution={self.resolution}"
+            )
+        if self.crop not in ("random", "center"):
+            raise ValueError(f"data.crop={self.crop}: allowed are random and center")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction={self.val_fraction}: must be between 0 and 1")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more")
+
+
+@dataclass
 class ModelConfig:
     """Architecture of the autoencoder; the defaults are the published 256-pixel model (factor 16, 115 M parameters)."""
 

@@ -1,0 +1,187 @@
+"""Pictures in local webdataset tars: their headers are read once at the start, the pictures at random later."""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tokenizer.data.pictures import UnreadablePicture, decode_picture
+from tokenizer.data.source import PackedStrings, Skipped, choose_split
+
+PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp")
+SPLIT_NAMES = ("train", "val", "test")
+
+
+@dataclass
+class _Sample:
+    key: str
+    tar: int  # position in the list of tars
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # field: offset, size
+    label: int | str | None = None
+
+
+class Tars:
+    """One split of a set of tars with jpg, jpeg, png or webp pictures and, if there are classes, cls or json labels."""
+
+    def __init__(
+        self, root: str, split: str, *, val_fraction: float, label_key: str, exif_orientation: bool
+    ) -> None:
+        self.ignored = Skipped()
+        self._exif_orientation = exif_orientation
+        self._paths, divided = choose_tars(root, split)
+        samples = [sample for i in range(len(self._paths)) for sample in self._index(i, label_key)]
+        self.class_names, labels = self._number_classes(samples)
+        kept = np.flatnonzero(labels >= 0) if self.class_names else np.arange(len(samples))
+        keys = self._unique_keys(samples)
+        if not divided:
+            kept_keys = [keys[i] for i in kept]
+            kept = kept[choose_split(kept_keys, labels[kept], split, val_fraction)]
+        self.keys = PackedStrings(keys[i] for i in kept)
+        self.labels = labels[kept]
+        places = [(samples[i].tar, *_picture(samples[i])) for i in kept]
+        self._places = np.array(places, np.int64).reshape(-1, 3)  # tar, offset, size
+
+    def read(self, i: int) -> Image.Image:
+        """Return picture i as RGB, or raise UnreadablePicture."""
+        tar, offset, size = self._places[i].tolist()
+        try:
+            with open(self._paths[tar], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise UnreadablePicture(f"cannot be read: {error.strerror}") from None
+        return decode_picture(data, exif_orientation=self._exif_orientation)
+
+    def _index(self, tar: int, label_key: str) -> Iterator[_Sample]:
+        """Yield the samples of a tar that have a picture; count the others."""
+        path = self._paths[tar]
+        with open(path, "rb") as file:
+            for key, members in grouped_members(path):
+                sample = _Sample(key, tar, members)
+                if not _picture(sample):
+                    self.ignored.add(f"{path.name}/{key}", "no picture in the sample")
+                    continue
+                try:
+                    sample.label = _read_label(file, members, label_key)
+                except ValueError:
+                    raise ValueError(f"{path}: the label of sample {key} is damaged") from None
+                yield sample
+
+    def _number_classes(self, samples: list[_Sample]) -> tuple[list[str] | None, np.ndarray]:
+        """Return class names and the class id of each sample: integers stay, names are ranked."""
+        found = {sample.label for sample in samples} - {None}
+        if not found:
+            return None, np.full(len(samples), -1, np.int64)
+        if all(isinstance(label, int) and label >= 0 for label in found):
+            names = [str(i) for i in range(max(found) + 1)]  # type: ignore[operator, type-var]
+        elif all(isinstance(label, str) for label in found):
+            names = sorted(found)  # type: ignore[arg-type, assignment]
+        else:
+            raise ValueError(
+                f"the labels of {self._paths[0].parent} are neither all class ids from 0 nor all names"
+            )
+        ids = {name: i for i, name in enumerate(names)}
+        for sample in samples:
+            if sample.label is None:
+                self.ignored.add(f"{self._paths[sample.tar].name}/{sample.key}", "no class label")
+        labels = [-1 if sample.label is None else ids[str(sample.label)] for sample in samples]
+        return names, np.array(labels, np.int64)
+
+    def _unique_keys(self, samples: list[_Sample]) -> list[str]:
+        """Return the samples' own keys, or with the name of the tar before them where tars repeat keys."""
+        keys = [sample.key for sample in samples]
+        if len(set(keys)) < len(keys):
+            keys = [f"{self._paths[sample.tar].stem}/{sample.key}" for sample in samples]
+        if len(set(keys)) < len(keys):
+            repeated = next(key for i, key in enumerate(sorted(keys)) if sorted(keys)[i - 1] == key)
+            raise ValueError(f"{self._paths[0].parent}: the sample {repeated} is there twice")
+        return keys
+
+
+def choose_tars(root: str, split: str) -> tuple[list[Path], bool]:
+    """Return the tars of `split`, and whether they are a split of their own (or `split` must divide their samples).
+
+    `root` is a folder or a brace pattern such as `shards/{000..146}.tar`. A folder's splits are subfolders called train,
+    val and test, or tars with one of these words in their names.
+    """
+    import braceexpand
+
+    if "{" in root:
+        paths = [Path(name) for name in braceexpand.braceexpand(root)]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"data.root={root}: {missing[0]} is missing")
+    else:
+        folders = [Path(root, name) for name in SPLIT_NAMES if Path(root, name).is_dir()]
+        paths = sorted(path for folder in folders or [Path(root)] for path in folder.glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"data.root={root}: there is no .tar in it")
+    split_of = [_split_in_name(path) for path in paths]
+    if split == "all" or not any(split_of):
+        return paths, split == "all"
+    chosen = [path for path, name in zip(paths, split_of, strict=True) if name == split]
+    if not chosen:
+        there = ", ".join(sorted({name for name in split_of if name}))
+        raise FileNotFoundError(
+            f"data.split={split}: no tars of this split in {root}, only {there}"
+        )
+    return chosen, True
+
+
+def _split_in_name(path: Path) -> str | None:
+    words = [path.parent.name, *re.split("[^a-z]+", path.stem.lower())]
+    return next((name for name in SPLIT_NAMES if name in words), None)
+
+
+def grouped_members(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield (key, {field: (offset, size)}) for the samples of a webdataset tar.
+
+    As webdataset has it, a sample is a run of files whose paths agree up to the first dot of the file name.
+    """
+    members: dict[str, tuple[int, int]] = {}
+    current = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + (member.size + 511) // 512 * 512
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if not (member.isfile() and stem and dot):
+                    continue
+                key = folder + slash + stem
+                if key != current and members:
+                    yield str(current), members
+                    members = {}
+                current = key
+                members[extension.lower()] = (member.offset_data, member.size)
+            tar.fileobj.seek(end)  # type: ignore[union-attr]
+            if tar.fileobj.read(512) != bytes(512):  # type: ignore[union-attr]
+                raise tarfile.ReadError(f"no end mark at byte {end}")
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is not a complete, uncompressed tar: {error}") from None
+    if members:
+        yield str(current), members
+
+
+def _picture(sample: _Sample) -> tuple[int, int] | tuple[()]:
+    """Return offset and size of the picture, or nothing."""
+    return next((sample.members[name] for name in PICTURE_FIELDS if name in sample.members), ())
+
+
+def _read_label(file, members: dict[str, tuple[int, int]], label_key: str) -> int | str | None:  # type: ignore[no-untyped-def]
+    """Return the class id or name from `cls` or, failing that, from `label_key` of `json`."""
+    for name in ("cls", "json"):
+        if name in members:
+            offset, size = members[name]
+            file.seek(offset)
+            text = file.read(size).decode()
+            label = int(text) if name == "cls" else json.loads(text).get(label_key)
+            if label is not None:
+                return label
+    return None
