@@ -1,4 +1,4 @@
-"""A split of a data set, ready to be cut into views: the one class that every command reads pictures from."""
+"""A split of a data set, ready to be cut into views: all commands read pictures from it."""
 
 import hashlib
 import os
@@ -19,7 +19,10 @@ IMAGENET_VARIABLE = "IMAGENET_ROOT"
 
 
 class Dataset:
-    """Pictures with keys and class ids. `load` raises UnreadablePicture for a picture that cannot be used."""
+    """Pictures with keys and class ids.
+
+    `load` raises UnreadablePicture for a picture that cannot be used.
+    """
 
     def __init__(self, source: Source, config: DataConfig, split: str, view: View) -> None:
         self.split = split
@@ -51,7 +54,10 @@ class Dataset:
         return self._source.keys[i]
 
     def load(self, i: int, view: View | None = None, seed: int = 0) -> Tensor:
-        """Return a view of sample i, uint8 [3, resolution, resolution]; `seed` decides what is random in it."""
+        """Return a view of sample i, uint8 [3, resolution, resolution].
+
+        `seed` decides what is random in it.
+        """
         return self.load_views(i, [view or self.view], [seed])[0]
 
     def load_views(self, i: int, views: list[View], seeds: list[int]) -> list[Tensor]:
@@ -64,7 +70,7 @@ class Dataset:
         ]
 
     def describe(self) -> dict:
-        """Return the `source` field of a manifest: what was read, and how pictures were prepared."""
+        """Return the `source` field of a manifest: what was read, and how it was prepared."""
         digest = hashlib.sha256()
         for i, label in enumerate(self.labels.tolist()):
             digest.update(f"{self.key(i)}\t{label}\n".encode())
@@ -83,7 +89,7 @@ def open_dataset(config: DataConfig, split: str, train: bool) -> Dataset:
     """Open `split` of a data set.
 
     Args:
-        train: cut the views that `config.crop` and `config.flip` ask for; otherwise the centre crop.
+        train: cut what `config.crop` and `config.flip` ask for; otherwise the centre.
 
     Raises:
         FileNotFoundError: where the data is not to be found, naming the option to set.
@@ -100,7 +106,7 @@ def open_dataset(config: DataConfig, split: str, train: bool) -> Dataset:
 
 
 def root_of(config: DataConfig) -> str | None:
-    """Return where the data lies: `data.root` or, for ImageNet, its variable; None if neither is set."""
+    """Return where the data lies: `data.root` or ImageNet's variable; None if neither is set."""
     variable = os.environ.get(IMAGENET_VARIABLE) if config.name == "imagenet" else None
     root = config.root or variable
     return os.path.expanduser(root) if root else None

@@ -1,4 +1,4 @@
-"""The built-in data set: scikit-learn's 1,797 handwritten digits, as 32 x 32 RGB pictures. Needs no download."""
+"""The built-in data set: scikit-learn's 1,797 handwritten digits, as 32 x 32 RGB pictures."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""Batches from a Dataset, decoded in worker processes: endless ones for training, ordered ones for export."""
+"""Batches from a Dataset, decoded in worker processes: endless for training, ordered for export."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,8 @@ from tokenizer.data.views import View
 # Damaged pictures are rare; this many in a row mean that the data is not there.
 MAX_UNREADABLE_IN_A_ROW = 100
 
+Names = list[tuple[str, str]]  # key and reason of what could not be read
+
 
 @dataclass(frozen=True)
 class TrainBatch:
@@ -35,28 +37,25 @@ class OrderedBatch:
     images: Tensor  # uint8 [b, views, 3, H, W]
     labels: Tensor  # int64 [b]
     keys: list[str]
-    skipped: list[tuple[str, str]]  # key, reason
+    skipped: Names
 
 
 class _TrainSamples(torch.utils.data.Dataset):
-    """Loads (sample, augmentation seed) requests; an unreadable sample gives way to the next readable one."""
+    """Loads (sample, augmentation seed); an unreadable sample gives way to the next readable."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, int, list[tuple[str, str]]]:
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor | None, int, Names]:
         sample, seed = request
-        skipped: list[tuple[str, str]] = []
-        while len(skipped) < MAX_UNREADABLE_IN_A_ROW:
+        skipped: Names = []
+        while len(skipped) < min(MAX_UNREADABLE_IN_A_ROW, len(self._dataset)):
             i = (sample + len(skipped)) % len(self._dataset)
             try:
                 return self._dataset.load(i, seed=seed), int(self._dataset.labels[i]), skipped
             except UnreadablePicture as error:
                 skipped.append((self._dataset.key(i), str(error)))
-        key, reason = skipped[-1]
-        raise RuntimeError(
-            f"{len(skipped)} unreadable pictures in a row, the last is {key}: {reason}"
-        )
+        return None, -1, skipped
 
 
 class _OrderedSamples(torch.utils.data.Dataset):
@@ -86,12 +85,14 @@ def _loader(samples: torch.utils.data.Dataset, batches, num_workers: int, collat
     )
 
 
-def _collate_train(items: list) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+def _collate_train(items: list) -> tuple[Tensor | None, Tensor, Names]:
     images, labels, skipped = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), [entry for part in skipped for entry in part]
+    complete = all(image is not None for image in images)
+    pixels = torch.stack(images) if complete else None
+    return pixels, torch.tensor(labels), [entry for part in skipped for entry in part]
 
 
-def _collate_ordered(items: list) -> tuple[Tensor | None, Tensor, list[str], list[tuple[str, str]]]:
+def _collate_ordered(items: list) -> tuple[Tensor | None, Tensor, list[str], Names]:
     good = [item for item in items if item[0] is not None]
     skipped = [(key, reason) for images, _, key, reason in items if images is None]
     images = torch.stack([item[0] for item in good]) if good else None
@@ -110,10 +111,14 @@ def training_batches(
     rank: int,
     world: int,
 ) -> Iterator[TrainBatch]:
-    """Yield this rank's micro-batches without end, `accumulation` of them per step, from `start_step` on.
+    """Yield this rank's micro-batches without end, `accumulation` per step, from `start_step` on.
 
-    Which samples and crops a step sees depends on (seed, step) alone; data/order.py tells how. A sample that cannot be
-    read is replaced by the next readable one, counted, and named on stderr the first time.
+    Which samples and crops a step sees depends on (seed, step) alone; data/order.py tells how. A
+    sample that cannot be read is replaced by the next readable one, counted, and named on stderr
+    the first time.
+
+    Raises:
+        ValueError: where the global batch exceeds the data set, or nothing can be read.
     """
     requests = micro_batches(
         len(dataset),
@@ -131,6 +136,8 @@ def training_batches(
             if key not in named:
                 named.add(key)
                 tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
+        if images is None:
+            raise ValueError(f"{len(named)} pictures in a row cannot be read; see the names above")
         yield TrainBatch(images, labels, len(skipped))
 
 

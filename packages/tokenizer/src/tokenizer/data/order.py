@@ -1,8 +1,8 @@
-"""Which samples a training step sees: a pure function of (seed, step), the same for every number of processes.
+"""Which samples a training step sees: a pure function of (seed, step), however many processes.
 
-Nothing here keeps state, so resuming at a step needs nothing but its number. All randomness is a counter-based hash
-(SplitMix64, Steele et al. 2014, Fig. 16) in integer arithmetic: the order is the same on every machine and with every
-version of NumPy and PyTorch.
+Nothing here keeps state, so resuming at a step needs nothing but its number. All randomness is a
+counter-based hash (the finalizer of SplitMix64, Steele et al. 2014) in integer arithmetic: the
+order is the same on every machine and with every version of NumPy and PyTorch.
 """
 
 import functools
@@ -75,10 +75,11 @@ def micro_batches(
     rank: int,
     world: int,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield this rank's (sample, augmentation seed) lists without end: `accumulation` of them per step.
+    """Yield this rank's lists of (sample, augmentation seed) without end, `accumulation` per step.
 
-    The global batch has micro_batch * accumulation * world samples and is cut into consecutive micro-batches, dealt to
-    the ranks in turn: the union over ranks and micro-steps is the same global batch however it is cut.
+    The global batch has micro_batch * accumulation * world samples and is cut into consecutive
+    micro-batches, dealt to the ranks in turn: the union over ranks and micro-steps is the same
+    global batch however it is cut.
     """
     global_batch = micro_batch * accumulation * world
     step = start_step

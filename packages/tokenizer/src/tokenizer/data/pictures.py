@@ -1,4 +1,4 @@
-"""One encoded picture -> 8-bit RGB, with a decision for every odd kind (docs/data.md lists them)."""
+"""One encoded picture to 8-bit RGB, with a decision for every odd kind (see docs/data.md)."""
 
 import io
 import warnings
@@ -32,7 +32,7 @@ def decode_picture(data: bytes, *, exif_orientation: bool) -> Image.Image:
             warnings.simplefilter(
                 "ignore"
             )  # odd EXIF, sizes between the warning and the limit of Pillow
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             image.load()
             if exif_orientation:
                 image = ImageOps.exif_transpose(image)
@@ -52,7 +52,7 @@ def decode_picture(data: bytes, *, exif_orientation: bool) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: transparency over white, 16 bits scaled to 8, the rest as Pillow converts it."""
+    """Convert any mode: transparency over white, 16 bits scaled to 8, the rest as Pillow has it."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":

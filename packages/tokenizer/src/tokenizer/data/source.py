@@ -1,4 +1,4 @@
-"""What every data set gives: named, labelled pictures with random access, and what it had to leave out."""
+"""What every data set gives: named, labelled pictures in a fixed order, and what was left out."""
 
 import hashlib
 from collections import Counter
@@ -76,9 +76,10 @@ class Source(Protocol):
 
 
 def held_out(keys: Sequence[str], labels: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    """Mark ceil(fraction * n) samples as validation: stratified, and a function of names and labels alone.
+    """Mark ceil(fraction * n) samples as validation: a stratified choice by names and labels alone.
 
-    Within a class the samples are ranked by the hash of their name; the ones with the smallest relative rank are taken.
+    Within a class the samples are ranked by the hash of their name; the ones with the smallest
+    relative rank are taken.
     """
     digests = np.array([hashlib.sha256(key.encode()).digest()[:8] for key in keys], dtype="S8")
     order = np.lexsort((digests, labels))
@@ -96,7 +97,7 @@ def held_out(keys: Sequence[str], labels: NDArray[np.int64], fraction: float) ->
 def choose_split(
     keys: Sequence[str], labels: NDArray[np.int64], split: str, fraction: float
 ) -> NDArray[np.int64]:
-    """Return the positions of `split` (train, val or all) where a data set comes without splits of its own."""
+    """Return the positions of `split` (train, val, all) where the data has no splits of its own."""
     if split == "all":
         return np.arange(len(keys))
     if split not in ("train", "val"):

@@ -1,11 +1,13 @@
-"""Pictures in local webdataset tars: their headers are read once at the start, the pictures at random later."""
+"""Pictures in local webdataset tars: headers are read once, pictures then at random."""
 
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,7 +28,7 @@ class _Sample:
 
 
 class Tars:
-    """One split of a set of tars with jpg, jpeg, png or webp pictures and, if there are classes, cls or json labels."""
+    """One split of the samples in a set of tars: pictures, with a cls or json label or none."""
 
     def __init__(
         self, root: str, split: str, *, val_fraction: float, label_key: str, exif_orientation: bool
@@ -74,40 +76,38 @@ class Tars:
 
     def _number_classes(self, samples: list[_Sample]) -> tuple[list[str] | None, np.ndarray]:
         """Return class names and the class id of each sample: integers stay, names are ranked."""
-        found = {sample.label for sample in samples} - {None}
-        if not found:
+        ids_found = {sample.label for sample in samples if isinstance(sample.label, int)}
+        names_found = {sample.label for sample in samples if isinstance(sample.label, str)}
+        if not ids_found and not names_found:
             return None, np.full(len(samples), -1, np.int64)
-        if all(isinstance(label, int) and label >= 0 for label in found):
-            names = [str(i) for i in range(max(found) + 1)]  # type: ignore[operator, type-var]
-        elif all(isinstance(label, str) for label in found):
-            names = sorted(found)  # type: ignore[arg-type, assignment]
-        else:
+        if (ids_found and names_found) or min(ids_found, default=0) < 0:
             raise ValueError(
-                f"the labels of {self._paths[0].parent} are neither all class ids from 0 nor all names"
+                f"{self._paths[0].parent}: labels must be all class ids from 0, or all names"
             )
+        names = sorted(names_found) or [str(i) for i in range(max(ids_found) + 1)]
         ids = {name: i for i, name in enumerate(names)}
-        for sample in samples:
-            if sample.label is None:
-                self.ignored.add(f"{self._paths[sample.tar].name}/{sample.key}", "no class label")
         labels = [-1 if sample.label is None else ids[str(sample.label)] for sample in samples]
+        for sample, label in zip(samples, labels, strict=True):
+            if label < 0:
+                self.ignored.add(f"{self._paths[sample.tar].name}/{sample.key}", "no class label")
         return names, np.array(labels, np.int64)
 
     def _unique_keys(self, samples: list[_Sample]) -> list[str]:
-        """Return the samples' own keys, or with the name of the tar before them where tars repeat keys."""
+        """Return the samples' keys, after the name of their tar where keys repeat."""
         keys = [sample.key for sample in samples]
         if len(set(keys)) < len(keys):
             keys = [f"{self._paths[sample.tar].stem}/{sample.key}" for sample in samples]
         if len(set(keys)) < len(keys):
-            repeated = next(key for i, key in enumerate(sorted(keys)) if sorted(keys)[i - 1] == key)
+            repeated = Counter(keys).most_common(1)[0][0]
             raise ValueError(f"{self._paths[0].parent}: the sample {repeated} is there twice")
         return keys
 
 
 def choose_tars(root: str, split: str) -> tuple[list[Path], bool]:
-    """Return the tars of `split`, and whether they are a split of their own (or `split` must divide their samples).
+    """Return the tars of `split`, and whether they hold this split alone.
 
-    `root` is a folder or a brace pattern such as `shards/{000..146}.tar`. A folder's splits are subfolders called train,
-    val and test, or tars with one of these words in their names.
+    `root` is a folder or a brace pattern such as `shards/{000..146}.tar`. Splits are subfolders
+    called train, val and test, or tars with one of these words in their names.
     """
     import braceexpand
 
@@ -141,12 +141,13 @@ def _split_in_name(path: Path) -> str | None:
 def grouped_members(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Yield (key, {field: (offset, size)}) for the samples of a webdataset tar.
 
-    As webdataset has it, a sample is a run of files whose paths agree up to the first dot of the file name.
+    As webdataset has it, a sample is a run of files whose paths agree up to the first dot of the
+    file name.
     """
     members: dict[str, tuple[int, int]] = {}
     current = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             for member in tar:
                 end = member.offset_data + (member.size + 511) // 512 * 512
@@ -160,8 +161,8 @@ def grouped_members(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]
                     members = {}
                 current = key
                 members[extension.lower()] = (member.offset_data, member.size)
-            tar.fileobj.seek(end)  # type: ignore[union-attr]
-            if tar.fileobj.read(512) != bytes(512):  # type: ignore[union-attr]
+            file.seek(end)
+            if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no end mark at byte {end}")
     except tarfile.ReadError as error:
         raise ValueError(f"{path} is not a complete, uncompressed tar: {error}") from None
@@ -174,7 +175,9 @@ def _picture(sample: _Sample) -> tuple[int, int] | tuple[()]:
     return next((sample.members[name] for name in PICTURE_FIELDS if name in sample.members), ())
 
 
-def _read_label(file, members: dict[str, tuple[int, int]], label_key: str) -> int | str | None:  # type: ignore[no-untyped-def]
+def _read_label(
+    file: BinaryIO, members: dict[str, tuple[int, int]], label_key: str
+) -> int | str | None:
     """Return the class id or name from `cls` or, failing that, from `label_key` of `json`."""
     for name in ("cls", "json"):
         if name in members:
@@ -182,6 +185,6 @@ def _read_label(file, members: dict[str, tuple[int, int]], label_key: str) -> in
             file.seek(offset)
             text = file.read(size).decode()
             label = int(text) if name == "cls" else json.loads(text).get(label_key)
-            if label is not None:
+            if isinstance(label, int | str):
                 return label
     return None

@@ -1,4 +1,4 @@
-"""The square view of a picture that a model sees: shorter side resized, then a centre or a random crop."""
+"""The square view of a picture that a model sees: resized, then a centre or a random crop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ FLIP = View("flip", mirror=1.0)
 
 
 def parse_views(names: Sequence[str], seed: int) -> list[View]:
-    """Expand names such as `center`, `flip`, `random`, `random:4`; random views get consecutive seeds from `seed`."""
+    """Expand `center`, `flip`, `random` and `random:4`; random views are seeded from `seed` up."""
     views: list[View] = []
     for name in names:
         kind, _, count = name.partition(":")
