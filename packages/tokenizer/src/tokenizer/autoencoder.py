@@ -4,8 +4,8 @@
     indices = tokenizer.encode(images)      # uint8 [B, 3, H, W] -> int64 [B, h, w]
     images = tokenizer.decode(indices)      # int64 [B, h, w] -> uint8 [B, 3, H, W]
 
-Shape suffixes: B batch, C channels, K codebook bits, H x W pixels, h x w token grid. Parameter names follow the published
-checkpoints (`encoder.down.0.block.0.norm1.weight`).
+Shape suffixes: B batch, C channels, K codebook bits, H x W pixels, h x w token grid. Parameter
+names follow the published checkpoints (`encoder.down.0.block.0.norm1.weight`).
 """
 
 from dataclasses import dataclass
@@ -124,7 +124,8 @@ class Tokenizer(nn.Module):
         """Map uint8 images `[B, 3, H, W]` to token indices int64 `[B, h, w]`.
 
         Raises:
-            ValueError: not uint8, not three channels, or a side that is not a multiple of `downsample`.
+            ValueError: not uint8, not three channels, or a side that is not a multiple of
+                `downsample`.
         """
         self._check_images(images)
         return codes_to_indices(self.encoder(to_float(images.to(self._device))))
@@ -137,17 +138,22 @@ class Tokenizer(nn.Module):
             ValueError: an index that is not in the codebook, or not three dimensions.
         """
         if indices.ndim != 3:
-            raise ValueError(f"token indices must have the shape [B, h, w], got {list(indices.shape)}")
+            raise ValueError(
+                f"token indices must have the shape [B, h, w], got {list(indices.shape)}"
+            )
         codes = indices_to_codes(indices.to(self._device), self.config.bits)
         return to_uint8(self.decoder(codes))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> Self:
-        """Load a tokenizer, in eval mode on the CPU, from a checkpoint folder or a Hugging Face repository id.
+        """Load a tokenizer, in eval mode on the CPU, from a checkpoint folder or a Hugging Face
+        repository id.
 
         Raises:
-            FileNotFoundError: no such folder or repository, or a training run that has saved nothing yet.
-            ValueError: another format, a newer version, or weights that do not fit the configuration exactly.
+            FileNotFoundError: no such folder or repository, or a training run that has saved
+                nothing yet.
+            ValueError: another format, a newer version, or weights that do not fit the
+                configuration exactly.
         """
         loaded = checkpoint.load(path_or_id)
         tokenizer = cls(ModelConfig(**loaded.model))

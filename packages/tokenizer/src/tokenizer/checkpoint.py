@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,7 +51,9 @@ def load(path_or_id: str | Path) -> Loaded:
         )
     config = json.loads((folder / CONFIG_FILE).read_text())
     if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG_FILE}: format is {config.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: format is {config.get('format')!r}, expected {FORMAT!r}"
+        )
     if config.get("version") != VERSION:
         raise ValueError(
             f"{folder / CONFIG_FILE}: version is {config.get('version')!r}, this program reads version {VERSION}"

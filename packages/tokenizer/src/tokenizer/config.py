@@ -1,7 +1,8 @@
 """Typed configuration of the tokenizer's commands.
 
-A command's YAML root is `conf/tokenizer/COMMAND.yaml`; names, types and defaults are the dataclasses below, and YAML holds
-only what differs. `python -m tokenizer.train --cfg job` prints the complete configuration.
+A command's YAML root is `conf/tokenizer/COMMAND.yaml`; names, types and defaults are the
+dataclasses below, and YAML holds only what differs. `python -m tokenizer.train --cfg job` prints
+the complete configuration.
 """
 
 import functools
@@ -23,18 +24,21 @@ T = TypeVar("T")
 def validated(cfg: DictConfig, schema: type[T]) -> T:
     """Return `cfg` as a `schema` instance, or exit naming the key that is unknown, missing or invalid."""
     try:
-        # Through plain containers: merging the DictConfig itself would let unknown keys (`+modle=xl`) pass.
+        # Through plain containers: merging the DictConfig itself would let unknown keys
+        # (`+modle=xl`) pass.
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError) as error:
         raise SystemExit(f"error: bad config: {error}") from None
 
 
-def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def command(
+    config_name: str, schema: type[T]
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Turn `run(config)` into the entry point of the command whose YAML root is `config_name`.
 
-    What a user can mend (ValueError, OSError such as FileNotFoundError) ends in one line; HYDRA_FULL_ERROR=1 shows where
-    it was raised.
+    What a user can mend (ValueError, OSError such as FileNotFoundError) ends in one line;
+    HYDRA_FULL_ERROR=1 shows where it was raised.
     """
 
     def wrap(run: Callable[[T], None]) -> Callable[[], None]:
@@ -96,7 +100,9 @@ class ModelConfig:
 
     bits: int = 18  # codebook bits K: 2^K codes, one latent channel per bit
     base_channels: int = 128  # width of the first level
-    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # width of each level / base_channels
+    multipliers: list[int] = field(
+        default_factory=lambda: [1, 1, 2, 2, 4]
+    )  # width of each level / base_channels
     blocks_per_level: int = 4  # residual blocks in each level and in the middle
     norm_groups: int = 32  # groups of every group norm
 
@@ -105,7 +111,9 @@ class ModelConfig:
         if not 1 <= self.bits <= 24:
             raise ValueError(f"model.bits={self.bits}: allowed are 1 to 24")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"model.multipliers={self.multipliers}: give at least one level, each 1 or more")
+            raise ValueError(
+                f"model.multipliers={self.multipliers}: give at least one level, each 1 or more"
+            )
         if self.blocks_per_level < 1:
             raise ValueError(f"model.blocks_per_level={self.blocks_per_level}: must be 1 or more")
         for width in self.widths:
@@ -127,19 +135,27 @@ class LossConfig:
 
     l1_weight: float = 1.0
     perceptual_weight: float = 1.0  # LPIPS with a VGG-16 backbone; 0 needs no weights
-    perceptual_backbone: str | None = None  # file with torchvision's VGG-16 weights; null downloads them once
+    perceptual_backbone: str | None = (
+        None  # file with torchvision's VGG-16 weights; null downloads them once
+    )
     adversarial_weight: float = 0.1  # generator's share; 0 trains without a discriminator
     adversarial_start_step: int = 0  # first step at which the discriminator counts
     discriminator_channels: int = 64  # width of the first PatchGAN layer
     discriminator_layers: int = 3  # PatchGAN layers between the first and the last
-    lecam_weight: float = 0.05  # LeCAM regulariser of the discriminator; the 128-pixel model has 0.01
+    lecam_weight: float = (
+        0.05  # LeCAM regulariser of the discriminator; the 128-pixel model has 0.01
+    )
     commitment_weight: float = 0.25
-    entropy_weight: float = 0.1  # of sample_entropy_weight * H_sample - batch_entropy_weight * H_batch
+    entropy_weight: float = (
+        0.1  # of sample_entropy_weight * H_sample - batch_entropy_weight * H_batch
+    )
     sample_entropy_weight: float = 1.0
     batch_entropy_weight: float = 1.0
     entropy_temperature: float = 0.01  # tau of the softmax over codes
     entropy_eps: float = 1e-5  # inside the outer logarithm; 0 gives the true entropy
-    entropy_scope: str = "local"  # batch entropy of each process's own batch (the original), or "global"
+    entropy_scope: str = (
+        "local"  # batch entropy of each process's own batch (the original), or "global"
+    )
     entropy_anneal_factor: float = 0.0  # entropy weight starts (1 + factor) times higher ...
     entropy_anneal_steps: int = 2000  # ... and falls linearly to its value by this step
 
@@ -148,11 +164,17 @@ class LossConfig:
             if name.endswith("_weight") and value < 0:
                 raise ValueError(f"loss.{name}={value}: must be 0 or more")
         if self.entropy_temperature <= 0:
-            raise ValueError(f"loss.entropy_temperature={self.entropy_temperature}: must be above 0")
+            raise ValueError(
+                f"loss.entropy_temperature={self.entropy_temperature}: must be above 0"
+            )
         if self.entropy_scope not in ("local", "global"):
-            raise ValueError(f"loss.entropy_scope={self.entropy_scope}: allowed are local and global")
+            raise ValueError(
+                f"loss.entropy_scope={self.entropy_scope}: allowed are local and global"
+            )
         if self.entropy_anneal_steps < 1:
-            raise ValueError(f"loss.entropy_anneal_steps={self.entropy_anneal_steps}: must be 1 or more")
+            raise ValueError(
+                f"loss.entropy_anneal_steps={self.entropy_anneal_steps}: must be 1 or more"
+            )
 
 
 @dataclass
@@ -163,14 +185,86 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     schedule: str = "constant"  # after the warm-up: constant, step or cosine
     warmup_steps: int = 0  # linear from 0
-    decay_steps: list[int] = field(default_factory=list)  # schedule=step: multiply by decay_factor at each of these
+    decay_steps: list[int] = field(
+        default_factory=list
+    )  # schedule=step: multiply by decay_factor at each of these
     decay_factor: float = 0.1
     min_lr: float = 0.0  # schedule=cosine: reached at the last step
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "step", "cosine"):
-            raise ValueError(f"optim.schedule={self.schedule}: allowed are constant, step and cosine")
+            raise ValueError(
+                f"optim.schedule={self.schedule}: allowed are constant, step and cosine"
+            )
         if (self.schedule == "step") != bool(self.decay_steps):
             raise ValueError(
                 f"optim.decay_steps={list(self.decay_steps)}: give steps with optim.schedule=step, and only then"
             )
+
+
+@dataclass
+class TrainConfig:
+    """`python -m tokenizer.train`."""
+
+    run_name: str = "digits"  # names the run folder
+    out: str = (
+        "outputs/tokenizer/${run_name}"  # run folder: checkpoint, resume states, metrics, previews
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    steps: int | None = None  # optimizer steps in all; or give epochs
+    epochs: int | None = None  # passes over the data, each without its last incomplete global batch
+    global_batch: int = 256  # images per optimizer step over all processes
+    micro_batch: int = 8  # images per process and forward pass; the rest is gradient accumulation
+    ema_decay: float = 0.999
+    precision: str | None = None  # no or bf16; null takes what `accelerate launch` says
+    log_every: int = 50  # steps
+    validate_every: int = 5000  # steps
+    validation_images: int = 2048  # 0 takes the whole split
+    preview_every: int = 5000  # steps
+    preview_images: int = 16
+    checkpoint_every: int = 5000  # steps
+    keep_last: int = 2  # resume states kept
+    tracking: str = (
+        "none"  # none or wandb (WANDB_MODE=offline works); metrics.jsonl is written always
+    )
+    allow_changes: bool = False  # resume although settings that change the result differ
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps={self.steps}, epochs={self.epochs}: give one of the two, set the other to null"
+            )
+        for name in ("steps", "epochs"):
+            if (getattr(self, name) or 1) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, value in vars(self).items():
+            if (
+                name.endswith(("_batch", "_every")) or name in ("preview_images", "keep_last")
+            ) and value < 1:
+                raise ValueError(f"{name}={value}: must be 1 or more")
+        if self.precision not in (None, "no", "bf16"):
+            raise ValueError(f"precision={self.precision}: allowed are no, bf16 and null")
+        if self.tracking not in ("none", "wandb"):
+            raise ValueError(f"tracking={self.tracking}: allowed are none and wandb")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
+        factor = 2 ** (len(self.model.multipliers) - 1)
+        if self.data.resolution % factor:
+            raise ValueError(
+                f"data.resolution={self.data.resolution}: must be a multiple of {factor} for the "
+                f"{len(self.model.multipliers)} levels of model.multipliers={self.model.multipliers}"
+            )
+
+    def accumulation(self, processes: int) -> int:
+        """Return the micro-batches per step of each process, or raise ValueError if the sizes do not fit."""
+        share = self.micro_batch * processes
+        if self.global_batch % share:
+            raise ValueError(
+                f"global_batch={self.global_batch}: must be a multiple of micro_batch={self.micro_batch} "
+                f"x {processes} processes = {share}"
+            )
+        return self.global_batch // share

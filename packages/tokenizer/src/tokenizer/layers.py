@@ -1,8 +1,8 @@
 """Layers of the encoder and the decoder (reference: Open-MAGVIT2, Section 3.1).
 
-Everything is written over "the dimensions after the channels", so that a layer for images and one for videos differ in its
-convolution only. Shape suffixes: B batch, C channels, K codebook bits; `...` is the grid (h, w).
-Parameter names follow the published checkpoints.
+Everything is written over "the dimensions after the channels", so that a layer for images and one
+for videos differ in its convolution only. Shape suffixes: B batch, C channels, K codebook bits;
+`...` is the grid (h, w). Parameter names follow the published checkpoints.
 """
 
 from collections.abc import Sequence
@@ -44,11 +44,12 @@ def residual_blocks(in_channels: int, out_channels: int, count: int, groups: int
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the quantized latent: global per image, one scale per channel.
+    """Group norm whose scale and shift come from the quantized latent: global per image, one scale
+    per channel.
 
     out = (W_gamma sigma + b_gamma) GN(x) + (W_beta mu + b_beta), with mu and sigma the mean and the (unbiased) standard
-    deviation of each latent channel over the grid. The paper shows one per residual block; the published models have one at
-    the entry of each decoder level.
+    deviation of each latent channel over the grid. The paper shows one per residual block; the
+    published models have one at the entry of each decoder level.
     """
 
     def __init__(self, channels: int, bits: int, groups: int) -> None:
@@ -65,9 +66,9 @@ class AdaptiveGroupNorm(nn.Module):
         gain = self.gamma((variance_BK + NORM_EPS).sqrt())
         shift = self.beta(code_BKn.mean(dim=2))
         grid = [1] * (x.ndim - 2)
-        return F.group_norm(x, self.groups, eps=NORM_EPS) * gain.view(*gain.shape, *grid) + shift.view(
-            *shift.shape, *grid
-        )
+        return F.group_norm(x, self.groups, eps=NORM_EPS) * gain.view(
+            *gain.shape, *grid
+        ) + shift.view(*shift.shape, *grid)
 
 
 class Upsample(nn.Module):
@@ -85,7 +86,8 @@ class Upsample(nn.Module):
 def depth_to_space(x: Tensor, factors: Sequence[int]) -> Tensor:
     """Move channels into the grid, block-major: out[c, 2h+i, 2w+j] = in[(2i+j) C + c, h, w].
 
-    This is the order of the published checkpoints; `torch.pixel_shuffle` is channel-major, in[c 4 + 2i+j, h, w].
+    This is the order of the published checkpoints; `torch.pixel_shuffle` is channel-major, in[c 4 +
+    2i+j, h, w].
 
     Args:
         x: `[B, prod(factors) * C, *grid]`.
@@ -99,4 +101,3 @@ def depth_to_space(x: Tensor, factors: Sequence[int]) -> Tensor:
         order += [dims + 2 + d, 1 + d]  # grid dimension, then its sub-position
     size = [n * f for n, f in zip(grid, factors, strict=True)]
     return blocks.permute(order).reshape(batch, -1, *size)
-

@@ -1,7 +1,9 @@
-"""Look-up-free quantization (LFQ, Section 3.1 of the paper): the sign of each latent channel is one bit of the code.
+"""Look-up-free quantization (LFQ, Section 3.1 of the paper): the sign of each latent channel is one
+bit of the code.
 
-Conventions, decided here and nowhere else: bit k of a position is 1 iff channel k is > 0; codes are -1 / +1 along the channel
-dimension; `index = sum_k 2^k b_k` (Eq. 2), so channel 0 is the least significant bit.
+Conventions, decided here and nowhere else: bit k of a position is 1 iff channel k is > 0; codes are
+-1 / +1 along the channel dimension; `index = sum_k 2^k b_k` (Eq. 2), so channel 0 is the least
+significant bit.
 
 Shape suffixes: B batch, K codebook bits, ... any grid (h, w or t, h, w).
 """

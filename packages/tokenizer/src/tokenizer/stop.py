@@ -1,0 +1,31 @@
+"""Stopping on SIGTERM or SIGUSR1 (what batch systems send before they kill): finish the step, save, exit."""
+
+import signal
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+# Processes agree on stopping every so many steps, as agreeing waits for the device.
+AGREE_EVERY_STEPS = 10
+
+
+class StopRequest:
+    """Remembers a signal, and lets all processes act on it at the same step."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def agreed(self, accelerator: Accelerator, step: int) -> bool:
+        """Return whether any process was asked to stop; every process must call this at every step."""
+        if accelerator.num_processes == 1:
+            return self._received
+        if step % AGREE_EVERY_STEPS:
+            return False
+        flag = torch.tensor(float(self._received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())

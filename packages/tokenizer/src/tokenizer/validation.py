@@ -1,0 +1,54 @@
+"""Pictures and numbers that show how well a tokenizer reconstructs, during training."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from tokenizer.autoencoder import Tokenizer
+from tokenizer.data import CENTER, Dataset, ordered_batches
+
+
+def validate(
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    count: int,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Return the mean PSNR in dB (uint8, per image) of the first `count` samples, shared out over the processes."""
+    mine = range(len(dataset))[: count or None][
+        accelerator.process_index :: accelerator.num_processes
+    ]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum of PSNR, images
+    for batch in ordered_batches(dataset, [CENTER], batches, num_workers):
+        originals = batch.images[:, 0].to(accelerator.device)
+        if not len(originals):
+            continue
+        difference = originals.double() - reconstruct(tokenizer, originals).double()
+        error = difference.square().flatten(1).mean(1).clamp_min(1e-10)
+        total[0] += (10 * torch.log10(255.0**2 / error)).sum()
+        total[1] += len(originals)
+    total = accelerator.reduce(total, "sum")
+    return {"val_psnr": (total[0] / total[1]).item()}
+
+
+def preview_grid(tokenizer: Tokenizer, dataset: Dataset, count: int) -> Tensor:
+    """Return a picture uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction."""
+    (batch,) = ordered_batches(dataset, [CENTER], [range(min(count, len(dataset)))], num_workers=0)
+    originals = batch.images[:, 0]
+    pairs = zip(originals.split(8), reconstruct(tokenizer, originals).cpu().split(8), strict=True)
+    rows = [_padded(part, min(8, len(originals))) for pair in pairs for part in pair]
+    return make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=255)
+
+
+def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """uint8 images to tokens and back."""
+    return tokenizer.decode(tokenizer.encode(images))
+
+
+def _padded(images: Tensor, count: int) -> Tensor:
+    blank = images.new_full((count - len(images), *images.shape[1:]), 255)
+    return torch.cat([images, blank])
