@@ -1,0 +1,1 @@
+"""Feature extractors: pictures to the vectors that distribution metrics compare."""
