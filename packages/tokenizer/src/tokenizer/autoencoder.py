@@ -23,70 +23,82 @@ from tokenizer.pixels import to_float, to_uint8
 from tokenizer.quantizer import codes_to_indices, indices_to_codes, quantize
 
 
+class EncoderLevel(nn.Module):
+    """Residual blocks, then a strided convolution except at the last level."""
+
+    def __init__(self, in_channels: int, channels: int, last: bool, config: ModelConfig) -> None:
+        super().__init__()
+        self.block = residual_blocks(
+            in_channels, channels, config.blocks_per_level, config.norm_groups
+        )
+        self.downsample = (
+            nn.Identity() if last else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` to `[B, channels, H/2, W/2]` (same H, W at the last level)."""
+        return self.downsample(self.block(x))
+
+
 class Encoder(nn.Module):
-    """Pixels to latents: residual blocks at each level, a strided convolution between two levels."""
+    """Pixels to latents."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        widths, groups = config.widths, config.norm_groups
+        widths, blocks, groups = config.widths, config.blocks_per_level, config.norm_groups
+        before = [config.base_channels, *widths[:-1]]
+        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            stage = nn.Module()
-            before = widths[level - 1] if level else config.base_channels
-            stage.block = residual_blocks(before, width, config.blocks_per_level, groups)
-            if level < len(widths) - 1:
-                stage.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.down.append(stage)
-        self.mid_block = residual_blocks(widths[-1], widths[-1], config.blocks_per_level, groups)
+        self.down = nn.Sequential(
+            *(EncoderLevel(before[i], widths[i], i == last, config) for i in range(len(widths)))
+        )
+        self.mid_block = residual_blocks(widths[-1], widths[-1], blocks, groups)
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """Float pixels in [-1, 1] to latents `[B, K, h, w]`."""
-        x = self.conv_in(x_B3HW)
-        for stage in self.down:
-            for block in stage.block:
-                x = block(x)
-            if hasattr(stage, "downsample"):
-                x = stage.downsample(x)
-        for block in self.mid_block:
-            x = block(x)
+        x = self.mid_block(self.down(self.conv_in(x_B3HW)))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class DecoderLevel(nn.Module):
+    """Residual blocks, then depth-to-space except at level 0."""
+
+    def __init__(self, in_channels: int, channels: int, level: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.block = residual_blocks(
+            in_channels, channels, config.blocks_per_level, config.norm_groups
+        )
+        self.upsample = Upsample(channels) if level else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, h, w]` to `[B, channels, 2h, 2w]` (same h, w at level 0)."""
+        return self.upsample(self.block(x))
+
+
 class Decoder(nn.Module):
-    """Codes to pixels: at each level an adaptive group norm, residual blocks, then depth-to-space up-sampling."""
+    """Codes to pixels: an adaptive group norm at the entry of each level."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        widths, groups = config.widths, config.norm_groups
+        widths, blocks, groups = config.widths, config.blocks_per_level, config.norm_groups
+        before = [*widths[1:], widths[-1]]
+        levels = range(len(widths))  # the last level runs first
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
-        self.mid_block = residual_blocks(widths[-1], widths[-1], config.blocks_per_level, groups)
-        self.up = nn.ModuleList()  # indexed by level; the last level runs first
-        self.adaptive = nn.ModuleList()
-        for level, width in enumerate(widths):
-            before = widths[min(level + 1, len(widths) - 1)]
-            stage = nn.Module()
-            stage.block = residual_blocks(before, width, config.blocks_per_level, groups)
-            if level > 0:
-                stage.upsample = Upsample(width)
-            self.up.append(stage)
-            self.adaptive.append(AdaptiveGroupNorm(before, config.bits, groups))
+        self.mid_block = residual_blocks(widths[-1], widths[-1], blocks, groups)
+        self.up = nn.ModuleList(DecoderLevel(before[i], widths[i], i, config) for i in levels)
+        self.adaptive = nn.ModuleList(
+            AdaptiveGroupNorm(before[i], config.bits, groups) for i in levels
+        )
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, code_BKhw: Tensor) -> Tensor:
         """-1 / +1 codes to float pixels `[B, 3, H, W]`, nominally in [-1, 1] but not clipped."""
-        x = self.conv_in(code_BKhw)
-        for block in self.mid_block:
-            x = block(x)
-        for stage, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
-            x = adaptive(x, code_BKhw)
-            for block in stage.block:
-                x = block(x)
-            if hasattr(stage, "upsample"):
-                x = stage.upsample(x)
+        x = self.mid_block(self.conv_in(code_BKhw))
+        for up, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
+            x = up(adaptive(x, code_BKhw))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -99,7 +111,7 @@ class Reconstruction:
 
 
 class Tokenizer(nn.Module):
-    """An image tokenizer. `id` and `digest` name the checkpoint it was loaded from (empty when freshly built)."""
+    """An image tokenizer; `id` and `digest` name the checkpoint it was loaded from, if any."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,7 +123,7 @@ class Tokenizer(nn.Module):
 
     @property
     def downsample(self) -> int:
-        """Pixels per token along each side; height and width of an image must be multiples of it."""
+        """Pixels per token along each side; the sides of an image must be multiples of it."""
         return 2 ** (len(self.config.multipliers) - 1)
 
     def forward(self, x_B3HW: Tensor) -> Reconstruction:
@@ -162,7 +174,7 @@ class Tokenizer(nn.Module):
         return tokenizer.eval()
 
     def save_pretrained(self, folder: str | Path, step: int = 0) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`; each file is replaced in one piece."""
+        """Write `config.json` and `model.safetensors` into `folder`, each in one piece."""
         checkpoint.save(Path(folder), self.config, self.state_dict(), step)
 
     @property
@@ -174,6 +186,6 @@ class Tokenizer(nn.Module):
             raise ValueError(f"images must have the shape [B, 3, H, W], got {list(images.shape)}")
         if any(side % self.downsample or side == 0 for side in images.shape[2:]):
             raise ValueError(
-                f"image height and width must be multiples of {self.downsample} for this tokenizer, "
+                f"image sides must be multiples of {self.downsample} for this tokenizer, "
                 f"got {images.shape[2]} x {images.shape[3]}"
             )

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def validated(cfg: DictConfig, schema: type[T]) -> T:
-    """Return `cfg` as a `schema` instance, or exit naming the key that is unknown, missing or invalid."""
+    """Return `cfg` as a `schema` instance, or exit naming the key that is wrong or missing."""
     try:
         # Through plain containers: merging the DictConfig itself would let unknown keys
         # (`+modle=xl`) pass.
@@ -96,7 +96,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Architecture of the autoencoder; the defaults are the published 256-pixel model (factor 16, 115 M parameters)."""
+    """Architecture of the autoencoder; the defaults are the published 256-pixel model (115 M)."""
 
     bits: int = 18  # codebook bits K: 2^K codes, one latent channel per bit
     base_channels: int = 128  # width of the first level
@@ -119,8 +119,8 @@ class ModelConfig:
         for width in self.widths:
             if width % self.norm_groups:
                 raise ValueError(
-                    f"model.norm_groups={self.norm_groups}: does not divide the width {width} of a level; "
-                    "change norm_groups or base_channels"
+                    f"model.norm_groups={self.norm_groups}: does not divide the width {width} "
+                    "of a level; change norm_groups or base_channels"
                 )
 
     @property
@@ -131,7 +131,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the training objective; the defaults are those of the published 256-pixel model (Section 3.1)."""
+    """Weights of the training objective; the defaults are the published 256-pixel recipe's."""
 
     l1_weight: float = 1.0
     perceptual_weight: float = 1.0  # LPIPS with a VGG-16 backbone; 0 needs no weights
@@ -179,7 +179,7 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam and its learning rate as a function of the step, the same for generator and discriminator."""
+    """Adam and its learning rate by step, the same for generator and discriminator."""
 
     lr: float = 1e-4  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
@@ -198,7 +198,8 @@ class OptimConfig:
             )
         if (self.schedule == "step") != bool(self.decay_steps):
             raise ValueError(
-                f"optim.decay_steps={list(self.decay_steps)}: give steps with optim.schedule=step, and only then"
+                f"optim.decay_steps={list(self.decay_steps)}: give steps with "
+                "optim.schedule=step, and only then"
             )
 
 
@@ -236,7 +237,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"steps={self.steps}, epochs={self.epochs}: give one of the two, set the other to null"
+                f"steps={self.steps}, epochs={self.epochs}: give one, set the other to null"
             )
         for name in ("steps", "epochs"):
             if (getattr(self, name) or 1) < 1:
@@ -255,16 +256,27 @@ class TrainConfig:
         factor = 2 ** (len(self.model.multipliers) - 1)
         if self.data.resolution % factor:
             raise ValueError(
-                f"data.resolution={self.data.resolution}: must be a multiple of {factor} for the "
-                f"{len(self.model.multipliers)} levels of model.multipliers={self.model.multipliers}"
+                f"data.resolution={self.data.resolution}: must be a multiple of {factor} "
+                f"for model.multipliers={self.model.multipliers}"
             )
 
     def accumulation(self, processes: int) -> int:
-        """Return the micro-batches per step of each process, or raise ValueError if the sizes do not fit."""
+        """Return the micro-batches per step of each process; ValueError if the sizes do not fit."""
         share = self.micro_batch * processes
         if self.global_batch % share:
             raise ValueError(
-                f"global_batch={self.global_batch}: must be a multiple of micro_batch={self.micro_batch} "
-                f"x {processes} processes = {share}"
+                f"global_batch={self.global_batch}: must be a multiple of "
+                f"micro_batch={self.micro_batch} x {processes} processes = {share}"
             )
         return self.global_batch // share
+
+    def total_steps(self, num_samples: int) -> int:
+        """Return `steps`, or the steps that `epochs` passes over `num_samples` take."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        if num_samples < self.global_batch:
+            raise ValueError(
+                f"global_batch={self.global_batch}: the data set has only {num_samples} images"
+            )
+        return self.epochs * (num_samples // self.global_batch)

@@ -19,7 +19,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; plus the input, through a 1x1 convolution where the width changes. No biases."""
+    """Norm, SiLU, 3x3 convolution, twice, plus the input (through 1x1 where the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -27,29 +27,31 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.nin_shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, ...]` to `[B, out_channels, ...]`."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
-def residual_blocks(in_channels: int, out_channels: int, count: int, groups: int) -> nn.ModuleList:
+def residual_blocks(in_channels: int, out_channels: int, count: int, groups: int) -> nn.Sequential:
     """`count` residual blocks; the first one changes the width."""
     widths = [in_channels] + [out_channels] * count
-    return nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], groups) for i in range(count))
+    return nn.Sequential(*(ResidualBlock(widths[i], widths[i + 1], groups) for i in range(count)))
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the quantized latent: global per image, one scale
-    per channel.
+    """Group norm whose scale and shift, one per channel and image, come from the quantized latent.
 
-    out = (W_gamma sigma + b_gamma) GN(x) + (W_beta mu + b_beta), with mu and sigma the mean and the (unbiased) standard
-    deviation of each latent channel over the grid. The paper shows one per residual block; the
-    published models have one at the entry of each decoder level.
+    out = (W_gamma sigma + b_gamma) GN(x) + (W_beta mu + b_beta), with mu and sigma the mean and the
+    (unbiased) standard deviation of each latent channel over the grid. The paper shows one per
+    residual block; the published models have one at the entry of each decoder level.
     """
 
     def __init__(self, channels: int, bits: int, groups: int) -> None:

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from tokenizer import checkpoint
 from tokenizer.config import TrainConfig, command
 from tokenizer.data import Dataset, open_dataset, training_batches
-from tokenizer.data.order import steps_per_epoch
 from tokenizer.discriminator import PatchGAN, hinge_loss
 from tokenizer.losses import GeneratorObjective, perceptual_loss
 from tokenizer.meters import Clock, add_parts, mean_over_processes
@@ -55,7 +54,7 @@ def main(config: TrainConfig) -> None:
     dataset = open_dataset(config.data, config.data.split, train=True)
     val_dataset = open_dataset(config.data, config.data.val_split, train=False)
     check_discriminator(config)
-    total_steps = config.steps or config.epochs * steps_per_epoch(len(dataset), config.global_batch)
+    total_steps = config.total_steps(len(dataset))
 
     # The model, or what the last run left of it.
     with (
@@ -79,8 +78,9 @@ def main(config: TrainConfig) -> None:
         return
     parameters = sum(p.numel() for p in state.tokenizer.parameters())
     accelerator.print(
-        f"training a tokenizer of {parameters / 1e6:.1f} M parameters on {len(dataset):,} images of {config.data.name} "
-        f"({config.data.split}), steps {step} to {total_steps} of {config.global_batch} images, into {config.out}"
+        f"training a tokenizer of {parameters / 1e6:.1f} M parameters on {len(dataset):,} images "
+        f"of {config.data.name} ({config.data.split}), steps {step} to {total_steps} of "
+        f"{config.global_batch} images, into {config.out}"
     )
     start_trackers(config, accelerator)
     model = accelerator.prepare_model(state.tokenizer)
@@ -154,8 +154,8 @@ def main(config: TrainConfig) -> None:
             record = mean_over_processes(parts, accelerator)
             if not math.isfinite(record["loss"]):
                 raise ValueError(
-                    f"the loss is {record['loss']} at step {step}; {folder.checkpoints} holds the last good state. "
-                    "Lower optim.lr or loss.adversarial_weight, or use precision=no"
+                    f"the loss is {record['loss']} at step {step}; the last good state is in "
+                    f"{folder.checkpoints}. Lower optim.lr or loss.adversarial_weight"
                 )
             record |= {
                 "skipped": skipped,
@@ -199,7 +199,7 @@ def discriminator_loss(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the hinge loss plus LeCAM for originals and reconstructions, and its detached parts."""
+    """Return hinge loss plus LeCAM of originals and reconstructions, and the detached parts."""
     original, reconstruction = pair
     real, fake = judge(original).float(), judge(reconstruction).float()
     total = hinge = hinge_loss(real, fake)
@@ -222,13 +222,14 @@ def check_discriminator(config: TrainConfig) -> None:
     ).min_size()
     if config.data.resolution < smallest:
         raise ValueError(
-            f"loss.discriminator_layers={config.loss.discriminator_layers}: needs images of at least {smallest} pixels, "
-            f"data.resolution is {config.data.resolution}; use fewer layers or loss.adversarial_weight=0"
+            f"loss.discriminator_layers={config.loss.discriminator_layers}: needs images of at "
+            f"least {smallest} pixels, data.resolution is {config.data.resolution}; "
+            "use fewer layers or loss.adversarial_weight=0"
         )
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Return what decides the result of a step, so that a resumed run can refuse to mix two of them."""
+    """Return what decides the result of a step: a resumed run refuses to mix two of them."""
     names = (
         "model",
         "data",
@@ -251,7 +252,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def resume(
     config: TrainConfig, folder: RunFolder, state: TrainingState, accelerator: Accelerator
 ) -> int:
-    """Restore the newest complete state of the run folder and return its step; 0 where there is none."""
+    """Restore the newest complete state and return its step; 0 where there is none."""
     step = folder.latest_step()
     accelerator.wait_for_everyone()  # before anybody writes
     if step is None:
