@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF_DIR = str(Path(__file__).with_name("conf"))
@@ -280,3 +281,74 @@ class TrainConfig:
                 f"global_batch={self.global_batch}: the data set has only {num_samples} images"
             )
         return self.epochs * (num_samples // self.global_batch)
+
+
+@dataclass
+class EncodeConfig:
+    """`python -m tokenizer.encode`: pictures to index shards."""
+
+    ckpt: str = "outputs/tokenizer/${data.name}"  # checkpoint folder or Hugging Face repository
+    out: str = "outputs/tokens/${data.name}/${data.split}"  # folder of index shards to write
+    data: DataConfig = field(default_factory=DataConfig)
+    views: list[str] = field(default_factory=lambda: ["center"])  # center, flip, random, random:4
+    seed: int = 0  # of the random views
+    batch_size: int = 32  # views per process and forward pass
+    precision: str = "no"  # no (float32, exact codes) or bf16 (faster, some codes differ)
+    samples_per_shard: int = 8192  # what a kill can lose, per process
+
+    def __post_init__(self) -> None:
+        _check_export(self.batch_size, self.precision, self.samples_per_shard)
+
+
+@dataclass
+class ReconstructConfig:
+    """`python -m tokenizer.reconstruct`: pictures to pairs of original and reconstruction."""
+
+    ckpt: str = "outputs/tokenizer/${data.name}"  # checkpoint folder or Hugging Face repository
+    out: str = "outputs/reconstructions/${data.name}/${data.split}"  # media shards to write
+    data: DataConfig = field(default_factory=DataConfig)
+    encoding: str = "npy"  # npy (large, fast) or png (small)
+    batch_size: int = 32  # images per process and forward pass
+    precision: str = "no"  # no (float32, exact codes) or bf16 (faster, some codes differ)
+    samples_per_shard: int = 1024  # what a kill can lose, per process
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ("npy", "png"):
+            raise ValueError(f"encoding={self.encoding}: allowed are npy and png")
+        _check_export(self.batch_size, self.precision, self.samples_per_shard)
+
+
+@dataclass
+class DecodeConfig:
+    """`python -m tokenizer.decode`: index shards to pictures."""
+
+    tokens: str = MISSING  # folder of index shards
+    ckpt: str = MISSING  # checkpoint folder or Hugging Face repository
+    out: str = MISSING  # folder to write
+    format: str = "npy"  # media shards: npy or png; folder: KEY.png each; npz: one file for ADM
+    view: int = 0  # which view of each sample
+    allow_other_tokenizer: bool = False  # decode tokens of another checkpoint
+    batch_size: int = 32  # images per process and forward pass
+    precision: str = "no"  # no (float32) or bf16 (faster)
+    samples_per_shard: int = 1024  # what a kill can lose, per process
+
+    def __post_init__(self) -> None:
+        if self.format not in ("npy", "png", "folder", "npz"):
+            raise ValueError(f"format={self.format}: allowed are npy, png, folder and npz")
+        if self.view < 0:
+            raise ValueError(f"view={self.view}: must be 0 or more")
+        _check_export(self.batch_size, self.precision, self.samples_per_shard)
+
+
+def _check_export(batch_size: int, precision: str, samples_per_shard: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be 1 or more")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"precision={precision}: allowed are no and bf16")
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard}: must be 1 or more")
+
+
+ConfigStore.instance().store(name="tokenizer_encode_schema", node=EncodeConfig)
+ConfigStore.instance().store(name="tokenizer_reconstruct_schema", node=ReconstructConfig)
+ConfigStore.instance().store(name="tokenizer_decode_schema", node=DecodeConfig)
