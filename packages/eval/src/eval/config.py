@@ -109,6 +109,7 @@ class RfidConfig(MeasureConfig):
     pairs: str | None = None  # instead of ckpt: a folder of pair media shards that is already there
     data: DataConfig = field(default_factory=DataConfig)
     lpips_weights: str | None = None  # AlexNet state dict; null: the cache, else a download
+    reconstruct_batch_size: int | None = None  # null: the default of tokenizer.reconstruct
     keep: bool = False  # keep the reconstructions that were made for this run
 
     def __post_init__(self) -> None:
@@ -133,9 +134,72 @@ class FidConfig(MeasureConfig):
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 2:
             raise ValueError(f"n={self.n}; it must be at least 2")
-        if self.save_ref is not None and not self.save_ref.endswith(".safetensors"):
-            raise ValueError(f"save_ref={self.save_ref}; it must end in .safetensors")
+        if self.save_ref is not None:
+            if not self.save_ref.endswith(".safetensors"):
+                raise ValueError(f"save_ref={self.save_ref}; it must end in .safetensors")
+            if self.has_statistics:
+                raise ValueError(f"save_ref={self.save_ref}; ref={self.ref} are statistics already")
+            if "fid" not in (self.metrics or FID_METRICS):
+                raise ValueError(f"save_ref={self.save_ref}; it needs fid among the metrics")
         _check_measure(self, FID_METRICS)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the reference is a statistics file."""
+        return self.ref.endswith(".safetensors")
+
+
+@dataclass
+class CodesConfig:
+    """`python -m eval.codes`"""
+
+    tokens: str = MISSING  # folder of index shards
+    out: str = "outputs/eval"  # run folder; results are added to it
+
+
+@dataclass
+class AccuracyConfig:
+    """`python -m eval.accuracy`"""
+
+    samples: str = MISSING  # generated pictures with classes: any form that eval reads
+    train: str = MISSING  # real pictures with classes, to train the classifier on
+    holdout: str = MISSING  # other real pictures with classes, to check it on
+    samples_field: str | None = None  # of pair media shards: original | reconstruction
+    train_field: str | None = None  # null: original for pairs, images otherwise
+    holdout_field: str | None = None
+    out: str = "outputs/eval"  # run folder; results are added to it
+    side: int = 16  # pixels of a side to which the classifier's pictures are resized
+    max_train: int = 5000  # training pictures, evenly spaced; the time grows with their square
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.side <= 64:
+            raise ValueError(f"side={self.side}; it must be from 4 to 64")
+        for option in ("max_train", "batch_size"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option}={getattr(self, option)}; it must be at least 1")
+
+
+@dataclass
+class ReportConfig:
+    """`python -m eval.report`"""
+
+    run: str = MISSING  # run folder with the results of other eval commands
+    pairs: str | None = None  # pair media shards: originals above reconstructions
+    samples: str | None = None  # generated pictures, shown by class
+    tokens: str | None = None  # index shards; null: the counts that eval.codes left in `run`
+    runs: list[str] = field(default_factory=list)  # training run folders, for their curves
+    out: str | None = None  # the page; null: report.html in `run`
+    title: str | None = None  # headline; null: from the name of `run`
+    columns: int = 8  # pictures in a row
+    max_classes: int = 20  # classes of samples shown, evenly spaced
+
+    def __post_init__(self) -> None:
+        for option in ("columns", "max_classes"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option}={getattr(self, option)}; it must be at least 1")
+        if self.out is not None and not self.out.endswith(".html"):
+            raise ValueError(f"out={self.out}; it must end in .html")
 
 
 def _check_measure(config: MeasureConfig, allowed: tuple[str, ...]) -> None:
@@ -156,3 +220,6 @@ def _check_measure(config: MeasureConfig, allowed: tuple[str, ...]) -> None:
 
 ConfigStore.instance().store(name="eval_rfid_schema", node=RfidConfig)
 ConfigStore.instance().store(name="eval_fid_schema", node=FidConfig)
+ConfigStore.instance().store(name="eval_codes_schema", node=CodesConfig)
+ConfigStore.instance().store(name="eval_accuracy_schema", node=AccuracyConfig)
+ConfigStore.instance().store(name="eval_report_schema", node=ReportConfig)

@@ -21,7 +21,9 @@ class LpipsAlex:
         self.protocol = {
             "name": "ours" if weights.official else "ours (custom weights)",
             "preprocessing": "uint8 RGB to [-1, 1], no resize",
-            "extractor": "lpips 0.1 alex",
+            "extractor": "lpips 0.1 alex"
+            if weights.official
+            else "lpips 0.1 alex (custom weights)",
             "weights": weights.digest,
         }
 

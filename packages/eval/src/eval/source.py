@@ -41,8 +41,10 @@ class Source(ABC):
     def read(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the pictures start, ..., stop-1 in order, cut where the size changes."""
 
-    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield this rank's share of the pictures, decoding ahead in a thread.
+    def batches(
+        self, batch_size: int, rank: int = 0, world: int = 1, count: int | None = None
+    ) -> Iterator[Batch]:
+        """Yield this rank's share of the first `count` (all) pictures, decoding ahead in a thread.
 
         Range j, the pictures [j * batch_size, (j + 1) * batch_size), belongs to rank j % world. So
         every picture is read once, and it meets the same neighbours in its batch whatever the
@@ -51,12 +53,9 @@ class Source(ABC):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; it must be at least 1")
-        starts = range(rank * batch_size, len(self), world * batch_size)
-        return _ahead(
-            batch
-            for start in starts
-            for batch in self.read(start, min(start + batch_size, len(self)))
-        )
+        total = len(self) if count is None else count
+        starts = range(rank * batch_size, total, world * batch_size)
+        return _ahead(batch for i in starts for batch in self.read(i, min(i + batch_size, total)))
 
 
 def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:

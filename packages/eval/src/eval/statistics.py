@@ -24,52 +24,74 @@ class Moments:
     """
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)  # [dim]
-        self.m2 = torch.zeros(dim, dim, dtype=torch.float64)  # [dim, dim]
-        self._pending: list[torch.Tensor] = []
+        self._count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)  # [dim]
+        self._m2 = torch.zeros(dim, dim, dtype=torch.float64)  # [dim, dim]
+        self._pending: list[torch.Tensor] = []  # vectors that wait for a full block
+
+    @classmethod
+    def of(cls, count: int, mean: torch.Tensor, m2: torch.Tensor) -> "Moments":
+        """Return the moments with these values (float64 [dim] and [dim, dim])."""
+        moments = cls(len(mean))
+        moments._count, moments._mean, moments._m2 = count, mean, m2
+        return moments
 
     @property
     def dim(self) -> int:
         """Length of the vectors."""
-        return len(self.mean)
+        return len(self._mean)
+
+    @property
+    def count(self) -> int:
+        """Number of vectors seen."""
+        return self._count + sum(map(len, self._pending))
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean, float64 [dim]."""
+        self._flush()
+        return self._mean
+
+    @property
+    def m2(self) -> torch.Tensor:
+        """Sum of outer products of the centred vectors, float64 [dim, dim]."""
+        self._flush()
+        return self._m2
 
     def update(self, features: torch.Tensor) -> None:
         """Add vectors, float [n, dim]."""
         self._pending.append(features.double())
         if sum(map(len, self._pending)) >= BLOCK:
-            self.flush()
-
-    def flush(self) -> None:
-        """Take in the vectors that wait for a full block; done before every reading."""
-        pending, self._pending = self._pending, []
-        features = torch.cat([*pending, self.mean.new_zeros(0, self.dim)])  # [n, dim]
-        if len(features):
-            mean = features.mean(0)
-            centred = features - mean
-            self._combine(len(features), mean, centred.T @ centred)
+            self._flush()
 
     def merge(self, other: "Moments") -> None:
         """Add the vectors that `other` has seen."""
-        self.flush()
-        other.flush()
-        if other.count:
-            self._combine(other.count, other.mean, other.m2)
+        self._flush()
+        self._combine(other.count, other.mean, other.m2)
 
     def covariance(self) -> torch.Tensor:
         """Return the unbiased covariance, float64 [dim, dim]; at least two vectors are needed."""
-        self.flush()
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, there are {self.count}")
         return self.m2 / (self.count - 1)
 
+    def _flush(self) -> None:
+        if self._pending:
+            features = torch.cat(self._pending)  # [n, dim]
+            self._pending = []
+            mean = features.mean(0)
+            centred = features - mean
+            self._combine(len(features), mean, centred.T @ centred)
+
     def _combine(self, count: int, mean: torch.Tensor, m2: torch.Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean += delta * (count / total)
-        self.m2 += m2
-        self.m2.addr_(delta, delta, alpha=self.count * count / total)
-        self.count = total
+        if count == 0:
+            return
+        total = self._count + count
+        delta = mean - self._mean
+        self._mean = self._mean + delta * (count / total)
+        self._m2 = self._m2 + m2
+        self._m2.addr_(delta, delta, alpha=self._count * count / total)
+        self._count = total
 
 
 class PixelDigest:
@@ -109,7 +131,6 @@ class Provenance:
 
 def save_statistics(path: Path, moments: Moments, provenance: Provenance) -> None:
     """Write moments as a statistics artifact (docs/artifacts.md)."""
-    moments.flush()
     tensors = {
         "mean": moments.mean,
         "m2": moments.m2,
@@ -132,7 +153,7 @@ def load_statistics(path: Path, protocol: dict[str, Any]) -> tuple[Moments, Prov
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
@@ -144,8 +165,6 @@ def load_statistics(path: Path, protocol: dict[str, Any]) -> tuple[Moments, Prov
                 f"{path}: made with {name} {metadata[name]!r}, this run uses {protocol[name]!r}; "
                 "give the pictures as ref and write new statistics with save_ref"
             )
-    moments = Moments(len(tensors["mean"]))
-    moments.count = int(tensors["count"])
-    moments.mean, moments.m2 = tensors["mean"], tensors["m2"]
+    moments = Moments.of(int(tensors["count"]), tensors["mean"], tensors["m2"])
     fields = Provenance.__dataclass_fields__
     return moments, Provenance(**{name: metadata[name] for name in fields})

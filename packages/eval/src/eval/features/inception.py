@@ -22,6 +22,7 @@ SPATIAL7_DIM = 17 * 17 * 7
 NUM_CLASSES = 1008
 EXTRACTOR = "inception-2015-12-05"
 PREPROCESSING = "uint8 RGB, TF1 bilinear to 299x299 (no half-pixel centres), (x - 128) / 128"
+INCEPTION_PROTOCOL = {"name": "ours", "preprocessing": PREPROCESSING, "extractor": EXTRACTOR}
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,10 @@ class InceptionExtractor:
         network = Inception()
         load_strictly(network, weights.state, INCEPTION)
         self._network = network.to(accelerator.device).eval().requires_grad_(False)
-        self.official = weights.official
-        self.protocol = {
-            "name": "ours" if weights.official else "ours (custom weights)",
-            "preprocessing": PREPROCESSING,
-            "extractor": EXTRACTOR if weights.official else f"{EXTRACTOR} (custom weights)",
-            "weights": weights.digest,
-        }
+        self.protocol = INCEPTION_PROTOCOL | {"weights": weights.digest}
+        if not weights.official:
+            for part in ("name", "extractor"):
+                self.protocol[part] += " (custom weights)"
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: torch.Tensor) -> InceptionFeatures:
