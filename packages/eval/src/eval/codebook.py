@@ -5,13 +5,18 @@ order of tokens. Usage and perplexity grow with the number of tokens (uniform us
 measures a perplexity near 227,865 after a million tokens): read them beside `tokens`.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 MAX_BITS = 28  # 2^28 counts take 2 GiB
+FORMAT = "omv2-codebook-counts"
+VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,6 @@ class CodebookCounts:
             )
         self.counts += other.counts
 
-    def gather(self, accelerator: Accelerator) -> "CodebookCounts":
-        """Return the sum over all processes, the same on each; every process must call it."""
-        total = CodebookCounts(self.bits)
-        total.counts = accelerator.reduce(self.counts.to(accelerator.device), reduction="sum").cpu()
-        return total
-
     def compute(self) -> CodebookUse:
         """Return usage, entropy, perplexity and the balance of each bit.
 
@@ -98,3 +97,29 @@ class CodebookCounts:
             perplexity=float(np.exp(max(nats, 0.0))),
             bit_ones=ones,
         )
+
+
+def save_counts(path: Path, counts: CodebookCounts, tokens: str) -> None:
+    """Write the counts of the index shards `tokens` as safetensors (docs/artifacts.md)."""
+    facts = {"format": FORMAT, "version": VERSION, "tokens": tokens}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(save({"counts": counts.counts}, metadata=facts))
+    os.replace(temporary, path)
+
+
+def load_counts(path: Path) -> tuple[str, CodebookCounts]:
+    """Return the name of the index shards and their counts, as written by `save_counts`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
+                raise ValueError(
+                    f"{path}: {facts.get('format')} version {facts.get('version')}; "
+                    f"expected {FORMAT} version {VERSION}"
+                )
+            table = file.get_tensor("counts")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    counts = CodebookCounts(len(table).bit_length() - 1)
+    counts.counts += table
+    return facts["tokens"], counts
