@@ -6,6 +6,7 @@ FOLDER or FILE.tar of a webdataset of images
 FILE.npz in ADM's layout: arr_0 uint8 [n, h, w, 3], optionally arr_1 [n] class ids
 """
 
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,7 @@ class NpzSource(Source):
             raise ValueError(f"{path}: arr_0 holds no images")
         self._shape = shape
         self._data_offset = self._stream.tell()
+        self._lock = threading.Lock()
         self._labels = np.full(shape[0], -1, dtype=np.int64)
         if "arr_1.npy" in self._archive.namelist():
             with np.load(path, allow_pickle=False) as arrays:
@@ -116,8 +118,9 @@ class NpzSource(Source):
     def read(self, start: int, stop: int) -> Iterator[Batch]:
         _, h, w, c = self._shape
         try:
-            self._stream.seek(self._data_offset + start * h * w * c)
-            data = self._stream.read((stop - start) * h * w * c)
+            with self._lock:  # readers in several threads share one position
+                self._stream.seek(self._data_offset + start * h * w * c)
+                data = self._stream.read((stop - start) * h * w * c)
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(
                 f"{self.name}: arr_0 is damaged ({error}); copy the file again"
