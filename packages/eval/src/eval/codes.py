@@ -67,7 +67,7 @@ def codebook_records(use: CodebookUse, shards: IndexShards) -> list[Record]:
 def main(config: CodesConfig) -> None:
     """Count the tokens with all processes; the main process writes the results."""
     start = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=True)  # counting needs no device
     shards = open_index_shards(config.tokens)
     accelerator.print(f"tokens: {shards.name}, {len(shards):,} samples")
     mine = count_tokens(

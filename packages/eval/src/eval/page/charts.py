@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from eval.page.markup import Html, element, number
 
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44  # margins around the plotting area
+WIDTH, HEIGHT = 360, 235
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 44  # margins around the plotting area
 MAX_POINTS = 240  # longer series are averaged over runs of neighbouring points
 LOG_RATIO = 30.0  # positive data spanning more than this are drawn on a log axis
 COLORS = 6  # classes c0 to c5 of the style sheet
@@ -70,7 +70,7 @@ def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Return multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.7 * rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     # Dividing by the reciprocal of a step below 1 keeps 0.3 from becoming 0.30000000000000004.
     inverse = round(1 / step) if step < 1 else 0
@@ -140,7 +140,7 @@ def bar_chart(values: Sequence[float], x_label: str, y_label: str, middle: float
             )
         )
     line = straight(LEFT, zero, WIDTH - RIGHT, zero, "axis")
-    every = math.ceil(len(values) / 10)
+    every = math.ceil(len(values) / 9)
     ticks = [float(index) for index in range(0, len(values), every)]
     parts = [frame(x_axis, y_axis, x_label, y_label, ticks), *bars, line]
     return figure(parts, f"Bar chart of {y_label} for each {x_label}", None)

@@ -81,13 +81,14 @@ def group_charts(run: Run) -> dict[str, dict[str, list[str]]]:
 
 
 def draw_chart(run: Run, name: str, metrics: list[str]) -> Html:
-    """Draw one chart with its caption: validation dashed, in the colour of its training curve."""
+    """Draw one chart with its caption; beside training, validation is dashed in the same colour."""
     stems = list(dict.fromkeys(metric.removeprefix(VALIDATION) for metric in metrics))
     series = []
     for metric in metrics:
         steps, values = zip(*run.points[metric], strict=True)
         color = stems.index(metric.removeprefix(VALIDATION))
-        series.append(Series(metric, steps, values, metric.startswith(VALIDATION), color))
+        dashed = len(metrics) > 1 and metric.startswith(VALIDATION)
+        series.append(Series(metric, steps, values, dashed, color))
     last = [(metric, run.points[metric][-1][1]) for metric in metrics]
     ends = ", ".join(
         number(value) if len(last) == 1 else f"{metric} {number(value)}" for metric, value in last

@@ -106,10 +106,16 @@ def choose_samples(spec: str, columns: int, max_classes: int, batch_size: int = 
     result = Samples(source.name, len(source), len(kept.keys() - {-1}))
     names = source.class_names
     for cls in spread(sorted(kept), max_classes):
-        known = names is not None and 0 <= cls < len(names)
-        label = "no class" if cls < 0 else f"class {cls}"
-        result.classes[f"{cls}: {names[cls]}" if known and names else label] = kept[cls]
+        result.classes[class_label(cls, names)] = kept[cls]
     return result
+
+
+def class_label(cls: int, names: list[str] | None) -> str:
+    """Return what to call a class: its name, and its id where the name is another word."""
+    if cls < 0:
+        return "no class"
+    name = names[cls] if names and cls < len(names) else str(cls)
+    return f"class {cls}" if name == str(cls) else f"{name} (class {cls})"
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
@@ -170,5 +176,6 @@ def draw_samples(samples: Samples) -> Html:
             picture(image, f"generated sample {i} of {label}")
             for i, image in enumerate(images, start=1)
         ]
-        rows.append(element("div", element("h3", label), element("div", pictures, class_="strip")))
+        strip = element("div", pictures, class_="strip")
+        rows.append(element("div", element("h3", label), strip, class_="class"))
     return element("div", rows, class_="classes")

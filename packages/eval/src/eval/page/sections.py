@@ -9,21 +9,23 @@ from eval.codebook import CodebookCounts
 from eval.page.charts import Series, bar_chart, line_chart
 from eval.page.curves import Run, draw_run
 from eval.page.gallery import Pairs, Samples, draw_pairs, draw_samples
-from eval.page.markup import Html, element, number
+from eval.page.markup import Child, Html, element, number
 
-# The figures at the top of the page, most telling first, and which way is better.
+# The figures at the top of the page, most telling first: title, and which way is better.
 HEADLINE = {
-    "rfid": "lower is better",
-    "fid": "lower is better",
-    "psnr": "higher is better",
-    "ssim": "higher is better",
-    "lpips_alex": "lower is better",
-    "inception_score": "higher is better",
-    "class_accuracy": "higher is better",
-    "codebook_usage": "higher is better",
-    "codebook_perplexity": "higher is better",
+    "rfid": ("rFID", "lower"),
+    "fid": ("FID", "lower"),
+    "psnr": ("PSNR", "higher"),
+    "ssim": ("SSIM", "higher"),
+    "lpips_alex": ("LPIPS, AlexNet", "lower"),
+    "inception_score": ("Inception score", "higher"),
+    "class_accuracy": ("Class accuracy", "higher"),
+    "codebook_usage": ("Codebook usage", "higher"),
+    "codebook_perplexity": ("Codebook perplexity", "higher"),
 }
 HEADLINE_COUNT = 6
+COLUMNS = ("Metric", "Value", "Unit", "Samples", "Protocol", "Measured", "Checkpoint")
+NUMERIC = ("Value", "Samples")
 CURVE_POINTS = 300  # ranks drawn of a sorted codebook
 # A page from files may load nothing and talk to nobody.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -48,32 +50,33 @@ def headline(records: Sequence[dict[str, Any]]) -> Html | None:
     tiles = [
         element(
             "div",
-            element("dt", name),
-            element("dd", number(found[name]["value"]), element("small", unit_of(found[name]))),
-            element("dt", HEADLINE[name]),
+            element("dt", title),
+            element("dd", large_value(found[name]), element("small", f"{better} is better")),
         )
-        for name in HEADLINE
+        for name, (title, better) in HEADLINE.items()
         if name in found
     ]
     return element("dl", tiles[:HEADLINE_COUNT], class_="tiles") if tiles else None
 
 
-def unit_of(record: dict[str, Any]) -> str:
-    return f" {record['unit']}" if record.get("unit") else ""
+def large_value(record: dict[str, Any]) -> str:
+    """Return a value with its unit, fractions as a percentage."""
+    unit = record.get("unit")
+    if unit == "fraction":
+        return f"{number(100 * record['value'])}%"
+    return number(record["value"]) + (f" {unit}" if unit else "")
 
 
 def results_section(records: Sequence[dict[str, Any]]) -> Section:
     """Return the table of all records."""
-    titles = ("Metric", "Value", "Unit", "Samples", "Protocol", "Data", "Reference", "Checkpoint")
-    numeric = ("Value", "Samples")
     head = [
         element(
             "th",
             element("button", title, type="button"),
             scope="col",
-            class_="number" if title in numeric else None,
+            class_="number" if title in NUMERIC else None,
         )
-        for title in titles
+        for title in COLUMNS
     ]
     table = element(
         "table",
@@ -83,65 +86,93 @@ def results_section(records: Sequence[dict[str, Any]]) -> Section:
     )
     missing = sum(record["value"] is None for record in records)
     note = f"{len(records)} results"
-    note += f", {missing} of them unavailable, with the reason." if missing else "."
+    note += f", {missing} of them unavailable: the reasons are below." if missing else "."
     note += " Press a column's name to sort by it."
     # A region that scrolls must be reachable by keyboard.
     wrapped = element(
         "div", table, class_="wide", tabindex="0", role="region", aria_label="Results table"
     )
-    return Section("results", "Results", note, [wrapped])
+    return Section("results", "Results", note, [wrapped, *reasons(records)])
+
+
+def reasons(records: Sequence[dict[str, Any]]) -> list[Html]:
+    """Return why metrics are unavailable, each reason once."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if record["value"] is None:
+            found.setdefault(record.get("reason") or "no reason given", []).append(record["metric"])
+    return [
+        element(
+            "p", element("b", ", ".join(dict.fromkeys(metrics))), f": {reason}", class_="reason"
+        )
+        for reason, metrics in found.items()
+    ]
 
 
 def record_row(record: dict[str, Any]) -> Html:
-    """Return the table row of one record; `data-sort` holds what a column is sorted by."""
-    value, count = record["value"], record.get("count")
-    if value is None:
-        reason = element("small", record.get("reason") or "no reason given")
-        badge = element("span", record.get("status", "unavailable"), class_="badge")
-        value_cell = element("td", badge, reason, class_="missing", data_sort="")
-    else:
-        value_cell = element(
-            "td", number(value, 5), class_="number", title=repr(value), data_sort=repr(value)
-        )
-    counted = "" if count is None else f"{count:,}"
+    """Return the table row of one record."""
+    metric, value, count = record["metric"], record["value"], record.get("count")
+    shown: Child = element("span", "unavailable", class_="badge")
+    if value is not None:
+        shown = element("span", number(value, 5), title=repr(value))
+    against = f"against {record['reference']}" if record.get("reference") else None
+    protocol = record.get("protocol") or {}
     checkpoint = record.get("checkpoint") or {}
-    digest = checkpoint.get("digest") or ""
-    short_digest = element("code", digest[:15]) if digest else None
-    model = checkpoint.get("id") or ""
+    digest = str(checkpoint.get("digest") or "")
+    model = [text_of(checkpoint, "id"), " ", element("code", digest[:15], title=digest)]
+    data = [text_of(record, "data"), element("small", against) if against else None]
+    cells = [
+        ([metric, by_class(protocol)], metric),
+        (shown, value),
+        (text_of(record, "unit"), record.get("unit")),
+        ("" if count is None else f"{count:,}", count),
+        (protocol_facts(protocol), protocol.get("name")),
+        (data, record.get("data")),
+        (model if checkpoint else "", checkpoint.get("id")),
+    ]
     return element(
         "tr",
-        element("th", record["metric"], by_class(record), scope="row", data_sort=record["metric"]),
-        value_cell,
-        text_cell(record.get("unit")),
-        element("td", counted, class_="number", data_sort="" if count is None else count),
-        protocol_cell(record.get("protocol")),
-        text_cell(record.get("data"), "source"),
-        text_cell(record.get("reference"), "source"),
-        element("td", model, " ", short_digest, class_="source", title=digest, data_sort=model),
+        [
+            table_cell(column, content, order)
+            for column, (content, order) in zip(COLUMNS, cells, strict=True)
+        ],
     )
 
 
-def text_cell(text: object, style: str | None = None) -> Html:
-    shown = "" if text is None else str(text)
-    return element("td", shown, class_=style, data_sort=shown)
+def table_cell(column: str, content: Child, order: object) -> Html:
+    """Return a cell. `order` is what its column is sorted by; `data-label` names the cell on narrow
+    screens, where the cells of a row stand below one another."""
+    heads = column == COLUMNS[0]
+    return element(
+        "th" if heads else "td",
+        content,
+        scope="row" if heads else None,
+        class_="number" if column in NUMERIC else None,
+        data_label=column,
+        data_sort="" if order is None else str(order),
+    )
 
 
-def by_class(record: dict[str, Any]) -> Html | None:
-    """Return the value of each class, folded away, where the record has them."""
-    table = (record.get("protocol") or {}).get("per_class")
-    if not table:
+def text_of(values: dict[str, Any], key: str) -> str:
+    return str(values.get(key) or "")
+
+
+def by_class(protocol: dict[str, Any]) -> Html | None:
+    """Return the value of each class, folded away, where a metric has them."""
+    if not protocol.get("per_class"):
         return None
-    values = {name: number(value) for name, value in table.items()}
+    values = {name: number(value) for name, value in protocol["per_class"].items()}
     return element("details", element("summary", "by class"), facts(values))
 
 
-def protocol_cell(protocol: dict[str, Any] | None) -> Html:
+def protocol_facts(protocol: dict[str, Any]) -> Child:
     """Return the name of a protocol, its other facts folded away."""
-    name = str((protocol or {}).get("name", ""))
     shown = ("name", "per_class")  # the classes have their own place, see by_class
-    rest = {key: value for key, value in (protocol or {}).items() if key not in shown}
-    content = element("details", element("summary", name or "protocol"), facts(rest))
-    return element("td", content if rest else name, class_="source", data_sort=name)
+    rest = {key: value for key, value in protocol.items() if key not in shown}
+    name = text_of(protocol, "name")
+    if not rest:
+        return name
+    return element("details", element("summary", name or "protocol"), facts(rest))
 
 
 def facts(values: dict[str, Any]) -> Html:
