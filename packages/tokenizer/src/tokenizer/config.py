@@ -349,6 +349,7 @@ def _check_export(batch_size: int, precision: str, samples_per_shard: int) -> No
         raise ValueError(f"samples_per_shard={samples_per_shard}: must be 1 or more")
 
 
+ConfigStore.instance().store(name="tokenizer_train_schema", node=TrainConfig)
 ConfigStore.instance().store(name="tokenizer_encode_schema", node=EncodeConfig)
 ConfigStore.instance().store(name="tokenizer_reconstruct_schema", node=ReconstructConfig)
 ConfigStore.instance().store(name="tokenizer_decode_schema", node=DecodeConfig)

@@ -17,7 +17,10 @@ _PATIENCE = timedelta(days=2)
 def start(ckpt: str, precision: str) -> tuple[Accelerator, Tokenizer]:
     """Join the process group and load a tokenizer onto this process's device."""
     accelerator = Accelerator(
-        mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
+        # Without it, several processes on a machine without accelerators would not join.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     if precision == "no":
         # Convolutions would otherwise round to 10 bits of mantissa where the device can do so,

@@ -106,7 +106,7 @@ class Job:
         batches = [(part, batch) for part in mine for batch in self._batches(part, batch_size)]
         if len(left) < self.num_parts:
             done = self.num_parts - len(left)
-            accelerator.print(f"{self.out}: {done} of {self.num_parts} parts are there already")
+            accelerator.print(f"{self.out}: {done} of {self.num_parts} shards are there already")
         outputs: Iterator[Output] = iter(process([batch for _, batch in batches]))
         sink, skipped = None, Skipped()
         with tqdm(
@@ -143,7 +143,7 @@ class Job:
         parts = finish(found) if finish else {"shards": found}
         write_json(self.record, {**self.request, **results, **parts})
         self._remove_parts()
-        print(f"wrote {num_samples:,} samples in {self.num_parts} parts to {self.out}")
+        print(f"wrote {num_samples:,} samples ({self.num_parts} shards) to {self.out}")
         if skipped.reasons:
             print(f"skipped {skipped}; {self.record} names them:", *skipped.examples, sep="\n  ")
 

@@ -68,7 +68,7 @@ class NpzPart:
 
 
 def join_npz(folder: Path, parts: list[dict[str, Any]]) -> None:
-    """Write samples.npz, with `arr_0` uint8 [n, h, w, 3] and `arr_1` int64 [n]; remove the parts."""
+    """Write samples.npz, `arr_0` uint8 [n, h, w, 3] and `arr_1` int64 [n]; remove parts."""
     cls = np.array([label for part in parts for label in part["cls"]], np.int64)
     temporary = folder / f"{NPZ_FILE}.tmp"
     with zipfile.ZipFile(temporary, "w") as archive:
