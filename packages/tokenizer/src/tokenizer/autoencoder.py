@@ -168,8 +168,11 @@ class Tokenizer(nn.Module):
                 configuration exactly.
         """
         loaded = checkpoint.load(path_or_id)
-        tokenizer = cls(ModelConfig(**loaded.model))
-        tokenizer.load_state_dict(loaded.state)
+        try:
+            tokenizer = cls(ModelConfig(**loaded.model))
+            tokenizer.load_state_dict(loaded.state)
+        except (TypeError, RuntimeError) as error:  # an unknown option, or keys that do not match
+            raise ValueError(f"{loaded.id}: weights and configuration differ: {error}") from None
         tokenizer.id, tokenizer.digest = loaded.id, loaded.digest
         return tokenizer.eval()
 

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def lfq_entropy(
         low_NL, high_NH = _code_table(logits_NK[:, :half]), _code_table(logits_NK[:, half:])
         mean_HL = _Float32Product.apply(high_NH, low_NL) / len(z_NK)
         if across_processes and dist.is_initialized():
-            mean_HL = all_reduce(mean_HL) / dist.get_world_size()
+            mean_HL = _MeanOverProcesses.apply(mean_HL)
         # xlogy-like: a code of probability 0 adds 0, also for eps = 0.
         log_HL = torch.log(
             mean_HL.clamp_min(torch.finfo(mean_HL.dtype).tiny) if eps == 0 else mean_HL + eps
@@ -94,6 +93,24 @@ class _Float32Product(torch.autograd.Function):
         (grad_HL,) = grad_outputs
         with _true_float32(), torch.autocast(grad_HL.device.type, enabled=False):
             return low_NL @ grad_HL.T, high_NH @ grad_HL
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """Mean of a tensor over all processes, each of which computes the same function of it.
+
+    The gradient of that function is then equal everywhere, and is passed on as it is: averaging
+    parameter gradients over the processes, as DDP does, completes the chain rule.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
 
 
 @contextmanager

@@ -40,6 +40,8 @@ from tokenizer.validation import preview_grid, validate
 def main(config: TrainConfig) -> None:
     """Train until `steps`, saving on the way and on SIGTERM."""
     accelerator = Accelerator(
+        # Without it, several processes on a machine without accelerators would not join.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.precision,
         log_with=None if config.tracking == "none" else config.tracking,
         project_dir=config.out,

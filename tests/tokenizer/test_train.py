@@ -1,0 +1,208 @@
+"""`python -m tokenizer.train` as a command: resuming, killing, processes, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tokenizer.autoencoder import Tokenizer
+from tokenizer.run_folder import RunFolder, changed_settings
+
+TINY = [
+    "data.num_workers=0",
+    "model={bits: 6, base_channels: 8, multipliers: [1, 2, 2]}",
+    "model.blocks_per_level=1",
+    "model.norm_groups=4",
+    "loss={perceptual_weight: 0, adversarial_weight: 0.1, discriminator_channels: 4}",
+    "optim={schedule: constant, warmup_steps: 2}",
+    "global_batch=8",
+    "micro_batch=4",
+    "log_every=1",
+    "validate_every=3",
+    "validation_images=8",
+    "preview_every=3",
+    "preview_images=10",
+    "checkpoint_every=2",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+# What depends on the clock, not on the training.
+RATES = ("images_per_s", "data_wait")
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launcher = ["-m", "tokenizer.train"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launcher]
+    return [sys.executable, *launcher, *TINY, *arguments]
+
+
+def train(folder: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, processes=processes),
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in RATES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = train(folder, "steps=6", "out=run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_a_usable_checkpoint_metrics_and_previews(uninterrupted: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(uninterrupted)
+    assert tokenizer.config.bits == 6
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"l1", "generator", "discriminator", "lecam", "commitment"} <= set(lines[0])
+    assert [line["step"] for line in lines if "val_psnr" in line] == [3, 6]
+    previews = [path.name for path in sorted((uninterrupted / "previews").iterdir())]
+    assert previews == ["step-000000003.png", "step-000000006.png"]
+    steps = [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())]
+    assert steps == ["latest", "step-000000004", "step-000000006"]  # keep_last is 2
+    assert (uninterrupted / "checkpoints" / "latest").read_text() == "step-000000006\n"
+    ema = load_file(uninterrupted / "checkpoints" / "step-000000006" / "ema.safetensors")
+    exported = tokenizer.state_dict()
+    assert all((exported[name] == tensor).all() for name, tensor in ema.items())
+
+
+def test_resuming_equals_no_interruption(uninterrupted: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, "steps=4", "out=run").returncode == 0
+    result = train(tmp_path, "steps=6", "out=run")
+    assert result.returncode == 0, result.stderr
+    assert "resuming run at step 4" in result.stdout
+    assert_same_run(tmp_path / "run", uninterrupted)
+    again = train(tmp_path, "steps=6", "out=run")
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    mine = [line for line in metrics(run)]
+    theirs = metrics(expected)
+    for line, other in zip(mine, theirs, strict=True):
+        assert {k: v for k, v in line.items() if k != "val_psnr"} == {
+            k: v for k, v in other.items() if k != "val_psnr"
+        }
+    ours, truth = load_file(run / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert ours.keys() == truth.keys()
+    assert all((ours[name] == truth[name]).all() for name in truth)
+
+
+def test_a_killed_run_resumes_without_losing_or_repeating_a_step(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        command("steps=6", "out=run"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(tmp_path / "run" / "checkpoints" / "step-000000002" / "run.json")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # What a kill may leave behind: half a checkpoint and half a line.
+    (tmp_path / "run" / "checkpoints" / "step-000000099.tmp").mkdir(parents=True)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    result = train(tmp_path, "steps=6", "out=run")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("steps=100000", "out=run", "checkpoint_every=100000"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command resumes" in stdout
+    step = RunFolder(tmp_path / "run").latest_step()
+    assert step is not None and step == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_two_processes_equal_one_where_the_batch_is_judged_as_a_whole(tmp_path: Path) -> None:
+    """Without batch norm, and with the entropy of the global batch, processes only share work."""
+    arguments = ["steps=3", "loss.adversarial_weight=0", "loss.entropy_scope=global"]
+    one = train(tmp_path, *arguments, "micro_batch=8", "out=one")
+    two = train(tmp_path, *arguments, "out=two", processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert line.keys() == other.keys()
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_changed_settings_are_refused_by_name(uninterrupted: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, "steps=2", "out=run").returncode == 0
+    result = train(tmp_path, "steps=4", "out=run", "seed=1", "global_batch=16")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "global_batch (was 8, now 16)" in line
+    assert "seed (was 0, now 1)" in line
+    assert train(tmp_path, "steps=4", "out=run", "seed=1", "allow_changes=true").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+modle=xl"], "modle"),
+        (["model.bits=30"], "model.bits=30"),
+        (["global_batch=7"], "global_batch=7"),
+        (["data=imagenet", "data.root=/nowhere"], "data.root=/nowhere"),
+        (["data.resolution=34"], "data.resolution=34"),
+        (["data.resolution=16"], "loss.discriminator_layers=3"),
+        (["loss.perceptual_weight=1", "loss.perceptual_backbone=/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    if "data=imagenet" in arguments:
+        (tmp_path / "empty").mkdir()
+    result = train(tmp_path, "steps=2", "out=run", *arguments)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_settings_are_found_at_any_depth() -> None:
+    before = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert changed_settings(before, before) == []
+    assert changed_settings(before, {"a": {"b": 2, "c": [1, 2]}, "e": 1}) == [
+        "a.b (was 1, now 2)",
+        "e (was None, now 1)",
+    ]
