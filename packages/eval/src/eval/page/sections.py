@@ -254,7 +254,7 @@ def commands_section(records: Sequence[dict[str, Any]]) -> Section:
         button = element("button", "Copy", type="button", class_="copy")
         code = element("pre", element("code", line))
         rows.append(element("div", code, button, class_="command"))
-    note = "These commands made the results, run from the same working directory."
+    note = "Run from the same working directory, these commands make the results again."
     return Section("commands", "Commands", note, rows)
 
 
