@@ -34,7 +34,6 @@ from eval.page.sections import (
 from eval.results import Record, print_table, read_results
 
 
-
 def load_codebooks(config: ReportConfig) -> dict[str, CodebookCounts]:
     """Count the index shards `tokens`, or read what eval.codes left in the run folder."""
     if config.tokens is not None:
