@@ -5,7 +5,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,12 +19,13 @@ PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp")
 SPLIT_NAMES = ("train", "val", "test")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     key: str
     tar: int  # position in the list of tars
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # field: offset, size
-    label: int | str | None = None
+    offset: int  # of the picture, and its size
+    size: int
+    label: int | str | None
 
 
 class Tars:
@@ -45,7 +46,7 @@ class Tars:
             kept = kept[choose_split(kept_keys, labels[kept], split, val_fraction)]
         self.keys = PackedStrings(keys[i] for i in kept)
         self.labels = labels[kept]
-        places = [(samples[i].tar, *_picture(samples[i])) for i in kept]
+        places = [(samples[i].tar, samples[i].offset, samples[i].size) for i in kept]
         self._places = np.array(places, np.int64).reshape(-1, 3)  # tar, offset, size
 
     def read(self, i: int) -> Image.Image:
@@ -64,15 +65,15 @@ class Tars:
         path = self._paths[tar]
         with open(path, "rb") as file:
             for key, members in grouped_members(path):
-                sample = _Sample(key, tar, members)
-                if not _picture(sample):
+                picture = next((members[name] for name in PICTURE_FIELDS if name in members), None)
+                if picture is None:
                     self.ignored.add(f"{path.name}/{key}", "no picture in the sample")
                     continue
                 try:
-                    sample.label = _read_label(file, members, label_key)
+                    label = _read_label(file, members, label_key)
                 except ValueError:
                     raise ValueError(f"{path}: the label of sample {key} is damaged") from None
-                yield sample
+                yield _Sample(key, tar, *picture, label)
 
     def _number_classes(self, samples: list[_Sample]) -> tuple[list[str] | None, np.ndarray]:
         """Return class names and the class id of each sample: integers stay, names are ranked."""
@@ -168,11 +169,6 @@ def grouped_members(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]
         raise ValueError(f"{path} is not a complete, uncompressed tar: {error}") from None
     if members:
         yield str(current), members
-
-
-def _picture(sample: _Sample) -> tuple[int, int] | tuple[()]:
-    """Return offset and size of the picture, or nothing."""
-    return next((sample.members[name] for name in PICTURE_FIELDS if name in sample.members), ())
 
 
 def _read_label(
