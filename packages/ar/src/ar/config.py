@@ -264,7 +264,7 @@ def validated(cfg: DictConfig, schema: type[T]) -> T:
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError) as error:
-        raise SystemExit(f"error: bad config: {error}") from None
+        raise SystemExit(f"error: bad config: {str(error).splitlines()[0]}") from None
 
 
 def command(

@@ -32,13 +32,16 @@ def start(precision: str | None = None, tracking: str = "none") -> Accelerator:
     if chosen not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={chosen}: launch with --mixed_precision bf16 or no")
     accelerator = Accelerator(
-        mixed_precision=chosen, log_with=None if tracking == "none" else tracking
+        # Without this, processes that torchrun starts on a machine without accelerator run alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=chosen,
+        log_with=None if tracking == "none" else tracking,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
             f"WORLD_SIZE={launched}: Accelerate sees {accelerator.num_processes} process(es) on "
-            f"{accelerator.device}; on CPU launch with `torchrun --nproc_per_node N -m ...`"
+            f"{accelerator.device}; launch with torchrun or accelerate launch --multi_gpu"
         )
     if accelerator.device.type != "cpu":
         torch.set_float32_matmul_precision("high")  # as the original; it changes fp32 runs only
@@ -50,9 +53,7 @@ def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.device.index]
-    return DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[None]:

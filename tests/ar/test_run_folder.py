@@ -1,0 +1,68 @@
+"""The run folder: complete checkpoints only, retention, metrics without repeats."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ar.run_folder import RunFolder
+
+
+def save(folder: RunFolder, step: int, keep_last: int = 2) -> None:
+    files = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w.step": torch.ones(1)}}
+    metadata = {"format": "omv2-ar", "version": "1", "step": str(step)}
+    folder.save(step, files, "model", metadata, {"seed": 0}, {"world_size": 1}, keep_last)
+
+
+def test_the_newest_complete_folder_is_found_and_published(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.newest() is None
+    for step in (5, 10, 15):
+        save(folder, step)
+    saved = folder.newest()
+    assert saved is not None and (saved.step, saved.identity) == (15, {"seed": 0})
+    assert saved.tensors("model")["w"].tolist() == [15.0] * 3
+    assert load_file(tmp_path / "model.safetensors")["w"].tolist() == [15.0] * 3
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step-000000010", "step-000000015"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000015\n"
+
+
+@pytest.mark.parametrize("damage", ["no run.json", "short file", "lost file", "temporary"])
+def test_incomplete_folders_are_ignored(tmp_path: Path, damage: str) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 5)
+    save(folder, 10)
+    newest = tmp_path / "checkpoints" / "step-000000010"
+    if damage == "no run.json":
+        (newest / "run.json").unlink()
+    elif damage == "short file":
+        (newest / "optimizer.safetensors").write_bytes(b"")
+    elif damage == "lost file":
+        (newest / "model.safetensors").unlink()
+    else:
+        newest.rename(newest.with_name(newest.name + ".tmp"))
+    saved = folder.newest()
+    assert saved is not None and saved.step == 5
+    save(folder, 10)  # over what is left
+    saved = folder.newest()
+    assert saved is not None and saved.step == 10
+
+
+def test_a_model_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="choose a new folder"):
+        RunFolder(tmp_path).newest()
+
+
+def test_metrics_after_the_resumed_step_are_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step, "loss": 1.0})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a kill
+    folder.forget_metrics_after(2)
+    steps = [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+    assert steps == [1, 2]
