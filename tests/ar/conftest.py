@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ar.config import ModelConfig
 from ar.model import AR
@@ -93,7 +94,7 @@ def make_model() -> Callable[..., AR]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Return a function that runs `python -m MODULE OPTIONS`, or under torchrun, in a new folder."""
+    """Return a function that runs `python -m MODULE OPTIONS`, or under torchrun."""
 
     def run(
         module: str, *options: str, processes: int = 1, timeout: float = 120

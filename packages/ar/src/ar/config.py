@@ -264,7 +264,9 @@ def validated(cfg: DictConfig, schema: type[T]) -> T:
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError) as error:
-        raise SystemExit(f"error: bad config: {str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        where = f" (at {key})" if key else ""
+        raise SystemExit(f"error: bad config: {str(error).splitlines()[0]}{where}") from None
 
 
 def command(

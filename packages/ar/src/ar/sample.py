@@ -119,6 +119,11 @@ def main(config: SampleConfig) -> None:
     digest = sha256_file(folder / "model.safetensors")
     request = make_request(config, card, digest, classes, accelerator.mixed_precision)
     num_shards = -(-len(plan.keys) // config.samples_per_shard)
+    if num_shards > 9999:
+        raise ValueError(
+            f"samples_per_shard={config.samples_per_shard}: gives {num_shards} shards, at most 9999 "
+            "can be named; choose a larger value"
+        )
     job = ShardJob(Path(config.out), request, num_shards)
     if job.finished:
         accelerator.print(f"{config.out}: done, {len(plan.keys):,} samples in {num_shards} shards")
