@@ -17,7 +17,7 @@ from typing import TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONF_DIR = str(Path(__file__).with_name("conf"))
 
@@ -263,6 +263,9 @@ def validated(cfg: DictConfig, schema: type[T]) -> T:
         # Through plain containers: merging the DictConfig would let unknown keys pass.
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise SystemExit(f"error: {key} has no default: set {key}=...") from None
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", None)
         where = f" (at {key})" if key else ""

@@ -121,8 +121,8 @@ def main(config: SampleConfig) -> None:
     num_shards = -(-len(plan.keys) // config.samples_per_shard)
     if num_shards > 9999:
         raise ValueError(
-            f"samples_per_shard={config.samples_per_shard}: gives {num_shards} shards, at most 9999 "
-            "can be named; choose a larger value"
+            f"samples_per_shard={config.samples_per_shard}: makes {num_shards} shards; at most "
+            "9999 can be named; choose a larger value"
         )
     job = ShardJob(Path(config.out), request, num_shards)
     if job.finished:
