@@ -15,7 +15,7 @@ from typing import TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONF_DIR = str(Path(__file__).with_name("conf"))
 
@@ -29,8 +29,13 @@ def validated(cfg: DictConfig, schema: type[T]) -> T:
         # (`+modle=xl`) pass.
         plain = OmegaConf.to_container(cfg, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise SystemExit(f"error: {key} has no default: set {key}=...") from None
     except (OmegaConfBaseException, ValueError) as error:
-        raise SystemExit(f"error: bad config: {error}") from None
+        key = getattr(error, "full_key", None)
+        where = f" (at {key})" if key else ""
+        raise SystemExit(f"error: bad config: {str(error).splitlines()[0]}{where}") from None
 
 
 def command(
