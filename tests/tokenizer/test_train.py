@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from tokenizer.autoencoder import Tokenizer
+from tokenizer.config import CONF_DIR, TrainConfig, validated
 from tokenizer.run_folder import RunFolder, changed_settings
+from tokenizer.train import check_discriminator
 
 TINY = [
     "data.num_workers=0",
@@ -176,27 +179,60 @@ def test_changed_settings_are_refused_by_name(uninterrupted: Path, tmp_path: Pat
     assert train(tmp_path, "steps=4", "out=run", "seed=1", "allow_changes=true").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["+modle=xl"], "modle"),
-        (["model.bits=30"], "model.bits=30"),
-        (["global_batch=7"], "global_batch=7"),
-        (["data=imagenet", "data.root=/nowhere"], "data.root=/nowhere"),
-        (["data.resolution=34"], "data.resolution=34"),
-        (["data.resolution=16"], "loss.discriminator_layers=3"),
-        (["loss.perceptual_weight=1", "loss.perceptual_backbone=/nowhere"], "/nowhere"),
-    ],
-)
-def test_wrong_input_is_one_clear_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    if "data=imagenet" in arguments:
-        (tmp_path / "empty").mkdir()
-    result = train(tmp_path, "steps=2", "out=run", *arguments)
+def test_a_missing_data_set_is_one_clear_line(tmp_path: Path) -> None:
+    result = train(tmp_path, "data=imagenet", "data.root=/nowhere", "out=run", "steps=2")
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert line.startswith("error: ") and "data.root=/nowhere" in line
     assert not (tmp_path / "run").exists()
+
+
+def composed(*overrides: str) -> TrainConfig:
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        return validated(compose("train", list(overrides)), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+modle=xl", "modle"),
+        ("model.bits=30", "model.bits=30"),
+        ("model.norm_groups=7", "model.norm_groups=7"),
+        ("data.resolution=34", "data.resolution=34"),
+        ("optim.schedule=step", "optim.decay_steps"),
+        ("epochs=3", "steps=600, epochs=3"),
+        ("precision=fp16", "precision=fp16"),
+        ("keep_last=0", "keep_last=0"),
+        ("loss.entropy_scope=all", "loss.entropy_scope=all"),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        composed(override)
+    text = str(error.value)
+    assert text.startswith("error: ") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("recipe", ["digits", "imagenet_128", "imagenet_256"])
+def test_every_recipe_composes(recipe: str) -> None:
+    config = composed(f"recipe={recipe}", "steps=1", "epochs=null")
+    assert config.accumulation(processes=1) * config.micro_batch == config.global_batch
+    published = {"imagenet_128": ([1, 2, 2, 4], 0.01), "imagenet_256": ([1, 1, 2, 2, 4], 0.05)}
+    if recipe in published:
+        assert (config.model.multipliers, config.loss.lecam_weight) == published[recipe]
+
+
+def test_batch_sizes_must_fit_the_processes() -> None:
+    config = composed("global_batch=64", "micro_batch=8")
+    assert [config.accumulation(n) for n in (1, 2, 8)] == [8, 4, 1]
+    with pytest.raises(ValueError, match="global_batch=64.*= 24"):
+        config.accumulation(3)
+
+
+def test_a_discriminator_too_deep_for_the_images_is_refused() -> None:
+    config = composed("loss.adversarial_weight=0.1", "data.resolution=16")
+    with pytest.raises(ValueError, match="loss.discriminator_layers=3"):
+        check_discriminator(config)
 
 
 def test_changed_settings_are_found_at_any_depth() -> None:
