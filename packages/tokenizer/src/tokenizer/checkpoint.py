@@ -1,4 +1,7 @@
-"""The tokenizer checkpoint: a folder with `config.json` and `model.safetensors` (see docs/artifacts.md)."""
+"""The tokenizer checkpoint: a folder with `config.json` and `model.safetensors`.
+
+docs/artifacts.md specifies it.
+"""
 
 import hashlib
 import json
@@ -56,7 +59,8 @@ def load(path_or_id: str | Path) -> Loaded:
         )
     if config.get("version") != VERSION:
         raise ValueError(
-            f"{folder / CONFIG_FILE}: version is {config.get('version')!r}, this program reads version {VERSION}"
+            f"{folder / CONFIG_FILE}: version is {config.get('version')!r}, "
+            f"this program reads version {VERSION}"
         )
     return Loaded(config["model"], load_file(weights), str(path_or_id), file_digest(weights))
 
@@ -77,8 +81,9 @@ def _resolve(path_or_id: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"no tokenizer checkpoint at {path_or_id!r}: no such folder, and not to be had as a Hugging Face "
-            f"repository ({first_line}). Train one with `python -m tokenizer.train` or set ckpt=FOLDER"
+            f"no tokenizer checkpoint at {path_or_id!r}: no such folder, and not to be had as a "
+            f"Hugging Face repository ({first_line}). Train one with "
+            "`python -m tokenizer.train`, or set ckpt=FOLDER"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN discriminator (Section 3.1 of the paper; Isola et al. 2017) and the LeCAM regulariser (Tseng et al. 2021)."""
+"""PatchGAN discriminator (Isola et al. 2017) and LeCAM regulariser (Tseng et al. 2021)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 class PatchGAN(nn.Module):
-    """One real/fake logit per patch: 4x4 convolutions, batch norm, leaky ReLU. Parameter names follow the original."""
+    """One real/fake logit per patch: 4x4 convolutions, batch norm, leaky ReLU.
+
+    Parameter names follow the original.
+    """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ def _init(layer: nn.Module) -> None:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss of the patch-averaged logit: mean softplus(-mean_patches D(x_hat)). Scalar."""
+    """Non-saturating loss of the patch-averaged logit: mean softplus(-mean D(x_hat)). Scalar."""
     return F.softplus(-fake_logits.flatten(1).mean(1)).mean()
 
 
@@ -57,7 +60,7 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """LeCAM regulariser with its two moving averages of the mean logits, which belong to the training state."""
+    """LeCAM regulariser; its moving averages of the mean logits belong to the training state."""
 
     real: Tensor
     fake: Tensor
@@ -69,12 +72,12 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Advance the averages by the mean logits of a step (averaged over processes by the caller)."""
+        """Advance the averages by the mean logits of a step, taken over all processes."""
         self.real.lerp_(real_mean.detach().to(self.real), 1.0 - self.decay)
         self.fake.lerp_(fake_mean.detach().to(self.fake), 1.0 - self.decay)
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """mean relu(D(x) - ema_fake)^2 + mean relu(ema_real - D(x_hat))^2; scalar. Call `update` before."""
+        """mean relu(D(x) - ema_fake)^2 + mean relu(ema_real - D(x_hat))^2, after `update`."""
         return (
             F.relu(real_logits - self.fake).square().mean()
             + F.relu(self.real - fake_logits).square().mean()

@@ -27,7 +27,7 @@ class GeneratorLoss:
 
 
 class GeneratorObjective(nn.Module):
-    """Everything the autoencoder is trained for. `perceptual` is LPIPS, or None where its weight is 0."""
+    """What the autoencoder is trained for. `perceptual` is LPIPS, or None where its weight is 0."""
 
     def __init__(self, config: LossConfig, perceptual: nn.Module | None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class GeneratorObjective(nn.Module):
 
 
 def entropy_weight(config: LossConfig, step: int) -> float:
-    """Weight of the entropy term at `step`: annealed linearly from (1 + factor) times its value, as in MAGVIT-v2."""
+    """Weight of the entropy term at `step`, annealed linearly from (1 + factor) times its value."""
     remaining = max(0.0, 1.0 - step / config.entropy_anneal_steps)
     return config.entropy_weight * (1.0 + config.entropy_anneal_factor * remaining)
 
@@ -94,7 +94,7 @@ def perceptual_loss(config: LossConfig) -> nn.Module | None:
 
 
 def _vgg16_state(path: str | None) -> dict[str, Tensor]:
-    """Read torchvision's ImageNet VGG-16 weights from `path`, or from the torch hub cache, downloading them once."""
+    """Read torchvision's VGG-16 weights from `path`, or download them once to its cache."""
     from torchvision.models import VGG16_Weights
 
     remedy = (

@@ -1,4 +1,4 @@
-"""The one place where pixel range is decided: uint8 RGB outside the model, float in [-1, 1] inside."""
+"""Where pixel range is decided: uint8 RGB outside the model, float in [-1, 1] inside."""
 
 import torch
 from torch import Tensor

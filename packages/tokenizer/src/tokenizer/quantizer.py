@@ -15,7 +15,7 @@ MAX_BITS = 24  # the exact entropy keeps a vector of 2^K probabilities
 
 
 def quantize(z: Tensor) -> Tensor:
-    """Return the -1 / +1 codes of latents `[B, K, ...]`; the gradient passes straight through to `z`."""
+    """Return the -1 / +1 codes of latents `[B, K, ...]`; the gradient passes straight through."""
     return z + (sign(z) - z).detach()
 
 

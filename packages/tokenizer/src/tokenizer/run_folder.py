@@ -57,7 +57,8 @@ class RunFolder:
         run = json.loads((folder / RUN_FILE).read_text())
         if run["format"] != FORMAT or run["version"] != VERSION:
             raise ValueError(
-                f"{folder / RUN_FILE}: {run['format']} version {run['version']}, expected {FORMAT} version {VERSION}"
+                f"{folder / RUN_FILE}: {run['format']} version {run['version']}, "
+                f"expected {FORMAT} version {VERSION}"
             )
         state = {Path(name).stem: load_file(folder / name) for name in run["files"]}
         return Resumed(step, run["settings"], state)

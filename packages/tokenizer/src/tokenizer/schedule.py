@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step, by timm's schedulers (which keep no state of their own between steps)."""
+"""Learning rate as a function of the step, by timm's schedulers (which keep no state)."""
 
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler

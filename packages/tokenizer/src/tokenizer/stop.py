@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or SIGUSR1 (what batch systems send before they kill): finish the step, save, exit."""
+"""Stopping on SIGTERM or SIGUSR1, which batch systems send: finish the step, save, exit."""
 
 import signal
 from types import FrameType
@@ -22,7 +22,7 @@ class StopRequest:
         self._received = True
 
     def agreed(self, accelerator: Accelerator, step: int) -> bool:
-        """Return whether any process was asked to stop; every process must call this at every step."""
+        """Return whether any process was asked to stop; all must call this at every step."""
         if accelerator.num_processes == 1:
             return self._received
         if step % AGREE_EVERY_STEPS:

@@ -1,4 +1,4 @@
-"""Everything a tokenizer's next training step depends on, as tensors that can be saved and restored."""
+"""Everything the next training step depends on, as tensors that can be saved and restored."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ def validate(
     num_workers: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return the mean PSNR in dB (uint8, per image) of the first `count` samples, shared out over the processes."""
+    """Return the mean PSNR in dB (uint8, per image) of the first `count` samples."""
     mine = range(len(dataset))[: count or None][
         accelerator.process_index :: accelerator.num_processes
     ]
@@ -36,7 +36,7 @@ def validate(
 
 
 def preview_grid(tokenizer: Tokenizer, dataset: Dataset, count: int) -> Tensor:
-    """Return a picture uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction."""
+    """Return uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction."""
     (batch,) = ordered_batches(dataset, [CENTER], [range(min(count, len(dataset)))], num_workers=0)
     originals = batch.images[:, 0]
     pairs = zip(originals.split(8), reconstruct(tokenizer, originals).cpu().split(8), strict=True)
