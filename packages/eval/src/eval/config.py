@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 
 def validated(cfg: DictConfig, schema: type[T]) -> T:
-    """Return `cfg` as a `schema` instance, or exit naming the key that is unknown, missing or
-    invalid."""
+    """Return `cfg` as a `schema` instance, or exit naming the key that is wrong or missing."""
     try:
         # Through plain containers: merging the DictConfig itself would let unknown keys
         # (`+modle=xl`) pass.

@@ -16,13 +16,14 @@ from eval.measure import (
     Details,
     FeatureState,
     Subject,
-    fail_if_missing,
     feature_records,
+    finish,
     gather_merged,
     load_extractor,
     progress,
     publish,
     report_converted,
+    start_processes,
 )
 from eval.media import open_media
 from eval.results import Record
@@ -158,10 +159,10 @@ def measure(config: FidConfig, accelerator: Accelerator) -> list[Record]:
 def main(config: FidConfig) -> None:
     """Measure and write the results."""
     start = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = start_processes()
     records = measure(config, accelerator)
     missing = publish("fid", config, records, time.perf_counter() - start, accelerator)
-    fail_if_missing(missing, accelerator)
+    finish(missing, accelerator)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
@@ -31,7 +33,30 @@ from eval.weights import WeightsUnavailable
 FRECHET_FEATURES = {"rfid": "pool3", "fid": "pool3", "sfid": "spatial7"}
 INCEPTION_METRICS = frozenset({*FRECHET_FEATURES, "inception_score", "precision", "recall"})
 
+# Others wait for the slowest child, and for the main process to compute; the default is 10 minutes.
+PATIENCE = timedelta(days=2)
+
 Details = dict[str, Any]
+
+
+def start_processes() -> Accelerator:
+    """Join the processes that a launcher started, on their accelerators or on the CPU.
+
+    Raises ValueError where Accelerate sees fewer processes than were launched: each would measure
+    everything and write the same files.
+    """
+    accelerator = Accelerator(
+        # Without it, processes that torchrun starts on a machine without accelerator run alone.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"WORLD_SIZE={launched}: Accelerate sees {accelerator.num_processes} process(es) on "
+            f"{accelerator.device}; launch with torchrun or accelerate launch --multi_gpu"
+        )
+    return accelerator
 
 
 class Mergeable(Protocol):
@@ -251,8 +276,9 @@ def publish(
     return missing[0]
 
 
-def fail_if_missing(missing: list[str], accelerator: Accelerator) -> None:
-    """End with exit code 1, and one line on the main process, if `missing` names a metric."""
+def finish(missing: list[str], accelerator: Accelerator) -> None:
+    """Leave the process group; exit with 1, and one line, if `missing` names a metric."""
+    accelerator.end_training()
     if missing:
         line = f"error: metrics={missing}: asked for by name but unavailable, see above"
         raise SystemExit(line if accelerator.is_main_process else 1)

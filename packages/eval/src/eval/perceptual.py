@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,9 @@ def _to_unit_range(images: torch.Tensor) -> torch.Tensor:
 
 def _network(weights: Weights) -> torch.nn.Module:
     """Build the lpips network without its own download and put the backbone weights in."""
-    with contextlib.redirect_stdout(io.StringIO()):  # importing it must not print either
+    # The package prints, and asks torchvision for the weights in a deprecated way.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         import lpips
 
         network = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)

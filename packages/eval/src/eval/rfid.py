@@ -20,13 +20,14 @@ from eval.measure import (
     Details,
     FeatureState,
     Subject,
-    fail_if_missing,
     feature_records,
+    finish,
     gather_merged,
     load_extractor,
     measured,
     progress,
     publish,
+    start_processes,
 )
 from eval.media import open_media
 from eval.perceptual import MIN_SIZE, LpipsAlex
@@ -204,14 +205,14 @@ def make_records(
 def main(config: RfidConfig) -> None:
     """Reconstruct where there are no pairs yet, measure, write the results, tidy up."""
     start = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = start_processes()
     folder = reconstruct(config, accelerator) if config.pairs is None else Path(config.pairs)
     accelerator.print(f"pairs: {folder}")
     records = measure(config, folder, accelerator)
     missing = publish("rfid", config, records, time.perf_counter() - start, accelerator)
     if config.pairs is None and not config.keep and accelerator.is_main_process:
         discard(folder)
-    fail_if_missing(missing, accelerator)
+    finish(missing, accelerator)
 
 
 if __name__ == "__main__":

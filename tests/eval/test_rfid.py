@@ -1,0 +1,226 @@
+"""eval.rfid from pair shards to results, in one process and in two."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from eval.config import RFID_METRICS, RfidConfig
+from eval.features.inception import InceptionExtractor
+from eval.results import read_results
+
+NUM = 8
+FAKE_CHILD = """
+import os, shutil, sys
+out = next(a for a in sys.argv if a.startswith("out="))[5:-1]
+world = os.environ.get("WORLD_SIZE", "1")
+with open(os.environ["FAKE_LOG"], "a") as log:
+    log.write(" ".join([os.environ.get("RANK", "0"), world, *sys.argv[1:]]) + "\\n")
+if os.environ.get("RANK", "0") == os.environ.get("FAKE_FAILS"):
+    sys.exit("error: rank has no data")
+if os.environ.get("RANK", "0") == "0":
+    shutil.copytree(os.environ["FAKE_PAIRS"], out, dirs_exist_ok=True)
+"""
+DRIVER = """
+import eval.reconstruct
+eval.reconstruct.MODULE = "fake_reconstruct"
+from eval.rfid import main
+main()
+"""
+
+
+@pytest.fixture
+def pairs(tmp_path, pictures, degraded, write_media):
+    images = pictures(NUM)
+    return write_media(tmp_path / "pairs", images, degraded(images))
+
+
+@pytest.fixture
+def run(tmp_path, pairs, monkeypatch):
+    """Run the command with a fake child; return the finished process."""
+    (tmp_path / "fake_reconstruct.py").write_text(FAKE_CHILD)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAKE_PAIRS", str(pairs))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def start(*options, world=1):
+        launch = [sys.executable, str(tmp_path / "driver.py")]
+        if world > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+            launch = [sys.executable, *torchrun, str(tmp_path / "driver.py")]
+        return subprocess.run(
+            [*launch, *options], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ)
+        )
+
+    return start
+
+
+def values(folder):
+    return {record["metric"]: record["value"] for record in read_results(folder)}
+
+
+def test_all_metrics_of_one_and_two_processes_agree_with_reference_packages(
+    tmp_path, run, pictures, degraded, inception_file, alexnet_file
+):
+    weights = [f"weights={inception_file}", f"lpips_weights={alexnet_file}", "splits=2"]
+    options = ["ckpt=some/tokenizer", "data=digits", "batch_size=2", *weights]
+    alone = run(*options, "out=one")
+    assert alone.returncode == 0, alone.stderr
+    shared = run(*options, "out=two", world=2)
+    assert shared.returncode == 0, shared.stderr
+    one, two = values(tmp_path / "one"), values(tmp_path / "two")
+    assert list(one) == list(RFID_METRICS)
+    for metric, value in one.items():
+        assert two[metric] == pytest.approx(value, rel=1e-12, abs=1e-12), metric
+    # The pairs were consumed, and each process had a child that knew its rank.
+    assert [path.suffix for path in (tmp_path / "two").iterdir()] == [".json"]
+    log = sorted((tmp_path / "log").read_text().splitlines())
+    assert [line[:4] for line in log] == ["0 1 ", "0 2 ", "1 2 "]
+    assert "data=digits" in log[0] and "ckpt='some/tokenizer'" in log[0]
+    check_against_packages(one, pictures(NUM), degraded(pictures(NUM)), inception_file)
+
+
+def check_against_packages(found, original, reconstruction, inception_file):
+    pairs = list(zip(original, reconstruction, strict=True))
+    assert found["psnr"] == pytest.approx(
+        np.mean([peak_signal_noise_ratio(a, b) for a, b in pairs]), abs=1e-9
+    )
+    uniform = [structural_similarity(a, b, data_range=255, channel_axis=2) for a, b in pairs]
+    assert found["ssim_uniform7"] == pytest.approx(np.mean(uniform), abs=1e-5)
+    extractor = InceptionExtractor(str(inception_file), Accelerator(cpu=True))
+    real, generated = (
+        extractor(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).pool3.double()
+        for images in (original, reconstruction)
+    )
+    assert found["rfid"] > 1e-3
+    assert found["rfid"] == pytest.approx(exact_frechet(real, generated), rel=1e-4)
+    expected = prc_features_to_metric(
+        generated, real, prc_neighborhood=3, prc_batch_size=9, save_cpu_ram=False, verbose=False
+    )
+    assert found["precision"] == pytest.approx(expected["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(expected["recall"], abs=1e-6)
+    codes = np.random.default_rng(5).integers(0, 2**10, (NUM, 1, 4, 4), dtype=np.uint32)
+    _, counts = np.unique(codes, return_counts=True)
+    share = counts / counts.sum()
+    assert found["codebook_usage"] == len(counts) / 2**10
+    assert found["codebook_perplexity"] == pytest.approx(math.exp(-(share * np.log(share)).sum()))
+
+
+def exact_frechet(x, y):
+    """The distance of two sets of the same size through the singular values of their product."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    spread = x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum()
+    return float((mean_x - mean_y).square().sum() + spread / (len(x) - 1))
+
+
+def test_without_weights_the_other_metrics_are_measured(tmp_path, run, pairs):
+    done = run(f"pairs={pairs}", "out=run")
+    assert done.returncode == 0, done.stderr
+    records = {record["metric"]: record for record in read_results(tmp_path / "run")}
+    missing = {name for name, record in records.items() if record["status"] == "unavailable"}
+    assert missing == {"lpips_alex", "rfid", "inception_score", "precision", "recall"}
+    for name in missing:
+        assert records[name]["value"] is None and "PATH" in records[name]["reason"]
+        assert "weights" not in records[name]["protocol"]
+    assert records["psnr"]["value"] > 20 and records["psnr"]["count"] == NUM
+    assert records["psnr"]["unit"] == "dB"
+    assert records["psnr"]["data"] == "reconstructions of toy val 32x32"
+    assert records["psnr"]["reference"] == "originals of toy val 32x32"
+    assert records["psnr"]["checkpoint"]["id"] == "outputs/tokenizer/toy"
+    assert (pairs / "manifest.json").exists()  # given pairs are never deleted
+
+
+def test_a_missing_metric_that_was_asked_for_by_name_fails_after_writing(tmp_path, run, pairs):
+    done = run(f"pairs={pairs}", "metrics=[psnr,rfid]", "out=run")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: metrics=['rfid']")
+    assert set(values(tmp_path / "run")) == {"psnr", "rfid"}
+
+
+def test_few_samples_and_custom_weights_are_said(tmp_path, run, pairs, inception_file):
+    done = run(f"pairs={pairs}", "metrics=[rfid]", f"weights={inception_file}", "out=run")
+    assert done.returncode == 0, done.stderr
+    (record,) = read_results(tmp_path / "run")
+    assert record["protocol"]["name"] == "ours (custom weights)"
+    assert (
+        record["protocol"]["rank"] == NUM - 1
+        and record["protocol"]["frechet"] == "pivoted cholesky"
+    )
+    assert f"note: {NUM} samples for 2048 features" in done.stdout
+
+
+def test_kept_reconstructions_stay_and_serve_the_next_run(tmp_path, run):
+    options = ["ckpt=tok", "metrics=[psnr]", "keep=true", "out=run"]
+    assert run(*options).returncode == 0
+    (folder,) = (tmp_path / "run").glob("pairs-*")
+    assert run(*options).returncode == 0
+    assert (folder / "manifest.json").exists()
+    assert len(read_results(tmp_path / "run")) == 1
+
+
+def test_a_failing_child_of_any_rank_ends_all_with_its_message_once(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("FAKE_FAILS", "1")
+    done = run("ckpt=tok", "metrics=[psnr]", "out=run", world=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank has no data") == 1
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_pairs_that_do_not_match_are_named(tmp_path, run, pictures, degraded, write_media):
+    images = pictures(4)
+    folder = write_media(tmp_path / "bad", images, degraded(images)[:, :16])
+    done = run(f"pairs={folder}", "metrics=[psnr]")
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: pairs do not match: 'c0/00000000' is 32x32") and "16x32" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ckpt=a", "pairs=b"], "give exactly one of them"),
+        ([], "give exactly one of them"),
+        (["pairs=a", "metrics=[psnrr]"], "'psnrr' is not one of psnr, ssim"),
+        (["pairs=a", "metrics=[]"], "name at least one"),
+        (["pairs=a", "batch_size=0"], "batch_size=0; it must be at least 1"),
+        (["pairs=a", "+batchsize=3"], "Key 'batchsize' not in 'RfidConfig'"),
+        (["pairs=nowhere"], "nowhere: no such file or folder"),
+        (["pairs=nowhere", "weights=x"], "nowhere: no such file or folder"),
+    ],
+)
+def test_wrong_options_end_in_one_line(run, options, message):
+    done = run(*options)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_pictures_too_small_for_a_window_make_it_unavailable(
+    tmp_path, run, pictures, degraded, write_media
+):
+    images = pictures(4, 8)
+    folder = write_media(tmp_path / "small", images, degraded(images))
+    assert run(f"pairs={folder}", "out=run").returncode == 0
+    records = {record["metric"]: record for record in read_results(tmp_path / "run")}
+    assert records["ssim"]["reason"] == "pictures of 8x8; at least 11 pixels are needed"
+    assert records["ssim_uniform7"]["status"] == "ok"
+    assert "31 pixels" in records["lpips_alex"]["reason"]
+
+
+def test_the_defaults_are_valid_and_results_are_plain_json(tmp_path, run, pairs):
+    assert RfidConfig(ckpt="x").metrics is None
+    assert run(f"pairs={pairs}", "metrics=[psnr]", "out=run").returncode == 0
+    (path,) = (tmp_path / "run").glob("rfid-*.json")
+    command = json.loads(path.read_text())["records"][0]["command"]
+    assert command.startswith("python -m eval.rfid ") and "metrics=[psnr]" in command
