@@ -42,7 +42,7 @@ run 'images to tokens: held-out split' \
     tokenizer.encode ckpt="$OUT/tokenizer" "${DATA[@]}" data.split=val out="$OUT/tokens/val"
 run 'train the auto-regressive model on the tokens' \
     ar.train +model=tiny data.shards="$OUT/tokens/train" data.val_shards="$OUT/tokens/val" \
-    out="$OUT/ar" steps=900 val_every_steps=150 save_every_steps=150
+    out="$OUT/ar" steps=450 val_every_steps=150 save_every_steps=150
 run 'sample tokens of every class' \
     ar.sample ckpt="$OUT/ar" out="$OUT/samples/tokens" n_per_class=20 sampling.scale=[1.5,1.5]
 run 'tokens to images' \

@@ -1,0 +1,121 @@
+"""Pixels to tokens to model to pixels to report, by the commands people type, on digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOKENIZER = [
+    "steps=40",
+    "validate_every=20",
+    "validation_images=16",
+    "preview_every=40",
+    "checkpoint_every=20",
+    "optim.warmup_steps=5",
+    "model.base_channels=16",
+    "data.num_workers=0",
+]
+AR = ["+model=tiny", "steps=30", "model.dim=64", "model.num_layers=2", "val_every_steps=30"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def run(folder: Path, *command: str) -> str:
+    """Run `python -m COMMAND` outside the repository and return what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    result = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def records(folder: Path) -> dict[str, dict]:
+    found = json.loads((folder / "results.json").read_text())
+    return {record["metric"]: record for record in found}
+
+
+def test_pixels_become_tokens_become_pixels_become_a_report(folder: Path) -> None:
+    run(folder, "tokenizer.train", "out=tokenizer", *TOKENIZER)
+    for split in ("train", "val"):
+        data = ["data=digits", f"data.split={split}", "data.num_workers=0"]
+        run(folder, "tokenizer.encode", "ckpt=tokenizer", *data, f"out=tokens/{split}")
+        run(folder, "tokenizer.reconstruct", "ckpt=tokenizer", *data, f"out=pairs/{split}")
+    shards = ["data.shards=tokens/train", "data.val_shards=tokens/val"]
+    run(folder, "ar.train", *AR, *shards, "out=ar")
+    run(folder, "ar.sample", "ckpt=ar", "out=samples/tokens", "n_per_class=3")
+    decode = ["tokens=samples/tokens", "ckpt=tokenizer"]
+    run(folder, "tokenizer.decode", *decode, "out=samples/images")
+    measured = ["pairs=pairs/val", "metrics=[psnr,ssim,codebook_usage]"]
+    run(folder, "eval.rfid", *measured, "out=eval")
+    run(folder, "eval.codes", "tokens=tokens/train", "out=eval")
+    pictures = ["samples=samples/images", "train=pairs/train", "holdout=pairs/val"]
+    run(folder, "eval.accuracy", *pictures, "out=eval")
+    shown = ["pairs=pairs/val", "samples=samples/images", "tokens=tokens/train"]
+    run(folder, "eval.report", "run=eval", *shown, "runs=[tokenizer,ar]", "out=report.html")
+
+    found = records(folder)
+    # Forty steps are enough to tell a working tokenizer from a broken one (grey: 9 dB).
+    assert found["psnr"]["value"] > 13
+    assert found["psnr"]["count"] == 360
+    assert found["classifier_holdout_accuracy"]["value"] > 0.9
+    assert found["class_accuracy"]["count"] == 30
+    assert 0 < found["codebook_usage"]["value"] <= 1
+    assert "data:image/png;base64" in (folder / "report.html").read_text()
+
+
+def test_tokens_carry_the_digest_of_their_tokenizer_all_the_way(folder: Path) -> None:
+    digests = {
+        json.loads((folder / path).read_text())[key]["digest"]
+        for path, key in [
+            ("tokens/train/manifest.json", "tokenizer"),
+            ("samples/tokens/manifest.json", "tokenizer"),
+            ("pairs/val/manifest.json", "tokenizer"),
+        ]
+    }
+    assert len(digests) == 1
+    assert records(folder)["psnr"]["checkpoint"]["digest"] in digests
+
+
+def test_one_command_reconstructs_and_measures(folder: Path) -> None:
+    options = ["data=digits", "metrics=[psnr,codebook_perplexity]", "out=one"]
+    printed = run(folder, "eval.rfid", "ckpt=tokenizer", *options)
+    assert "psnr" in printed
+    (result,) = (folder / "one").glob("rfid-*.json")
+    psnr = next(r for r in json.loads(result.read_text())["records"] if r["metric"] == "psnr")
+    assert psnr["value"] == pytest.approx(records(folder)["psnr"]["value"], abs=1e-9)
+    assert not list((folder / "one").rglob("*.tar"))  # the pairs are deleted once measured
+
+
+def test_the_same_commands_again_do_nothing_twice(folder: Path) -> None:
+    def state() -> dict[str, tuple[int, int]]:
+        files = [
+            f
+            for part in ("tokenizer", "tokens", "samples", "ar")
+            for f in (folder / part).rglob("*")
+        ]
+        return {
+            str(f): (f.stat().st_mtime_ns, f.stat().st_size)
+            for f in files
+            if f.is_file() and f.name != "config.yaml"
+        }
+
+    before = state()
+    run(folder, "tokenizer.train", "out=tokenizer", *TOKENIZER)
+    run(folder, "tokenizer.encode", "ckpt=tokenizer", "data=digits", "out=tokens/train")
+    shards = ["data.shards=tokens/train", "data.val_shards=tokens/val"]
+    run(folder, "ar.train", *AR, *shards, "out=ar")
+    run(folder, "ar.sample", "ckpt=ar", "out=samples/tokens", "n_per_class=3")
+    run(folder, "tokenizer.decode", "tokens=samples/tokens", "ckpt=tokenizer", "out=samples/images")
+    assert state() == before
