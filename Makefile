@@ -13,7 +13,7 @@ TORCH ?= torch==2.15.0 torchvision==0.29.2
 DATA ?= imagenet
 DATA_ROOT ?=
 SPLIT ?= train
-RECIPE ?= $(if $(filter digits,$(DATA)),digits,imagenet_256)
+RECIPE ?= $(if $(filter imagenet,$(DATA)),imagenet_256,small)
 CKPT ?= outputs/tokenizer/$(DATA)
 TOKENS ?= outputs/tokens/$(DATA)/train
 MODEL ?= b
@@ -64,7 +64,7 @@ format: setup  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
 
 .PHONY: train-tokenizer
-train-tokenizer: setup  ## train a tokenizer: DATA, DATA_ROOT, RECIPE=digits|imagenet_128|imagenet_256
+train-tokenizer: setup  ## train a tokenizer: DATA, DATA_ROOT, RECIPE=small|imagenet_128|imagenet_256
 	$(VENV)/bin/accelerate launch -m tokenizer.train recipe=$(RECIPE) data=$(DATA) $(ROOT) out=$(CKPT) $(ARGS)
 
 .PHONY: tokenize

@@ -213,7 +213,7 @@ def test_a_wrong_option_is_named_in_one_line(override: str, message: str) -> Non
     assert text.startswith("error: ") and message in text and "\n" not in text
 
 
-@pytest.mark.parametrize("recipe", ["digits", "imagenet_128", "imagenet_256"])
+@pytest.mark.parametrize("recipe", ["small", "imagenet_128", "imagenet_256"])
 def test_every_recipe_composes(recipe: str) -> None:
     config = composed(f"recipe={recipe}", "steps=1", "epochs=null")
     assert config.accumulation(processes=1) * config.micro_batch == config.global_batch
