@@ -213,6 +213,36 @@ def test_unfinished_damaged_and_incomplete_shards_are_refused(tmp_path, pictures
         open_media(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 9, "version 9 is not known"),
+        ("format", "other", "format 'other'"),
+        ("source", None, "has no 'source'"),
+        ("encoding", "jpg", "encoding 'jpg' is not one of"),
+        ("num_samples", 5, "12 samples; the manifest says 5"),
+    ],
+)
+def test_wrong_manifests_are_refused_by_name(
+    tmp_path, pictures, write_media, field, value, message
+):
+    folder = write_media(tmp_path, pictures(12))
+    manifest = json.loads((folder / "manifest.json").read_text()) | {field: value}
+    if value is None:
+        del manifest[field]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        open_media(str(folder))
+
+
+def test_a_class_that_is_no_number_is_named(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        image = Image.new("RGB", (8, 8))
+        writer.write({"__key__": "x", "png": image, "cls": b"cat"})
+    with pytest.raises(ValueError, match="sample x has the class 'cat'"):
+        read(open_media(str(tmp_path)))
+
+
 def test_a_missing_member_of_a_png_sample_is_named(tmp_path, pictures, degraded, write_media):
     images = pictures(2)
     folder = write_media(tmp_path, images, degraded(images), encoding="png")

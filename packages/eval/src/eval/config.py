@@ -79,8 +79,7 @@ FID_METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 
 @dataclass
 class DataConfig:
-    """The images to reconstruct; `data=NAME` chooses the data set as in `tokenizer.reconstruct`,
-    which reads them."""
+    """The images to reconstruct; `data=NAME` is a data set of `tokenizer.reconstruct`."""
 
     name: str = "imagenet"  # imagenet | folder | webdataset | digits
     root: str | None = None  # null: the data set's environment variable, e.g. IMAGENET_ROOT

@@ -53,8 +53,7 @@ def open_index_shards(folder: str) -> IndexShards:
 
 
 class FolderSource(Source):
-    """All images below a folder, ordered by relative path; the class is the first sub-folder, in
-    sorted order."""
+    """All images below a folder in the order of their paths; the class is the first sub-folder."""
 
     def __init__(self, root: Path) -> None:
         files = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)

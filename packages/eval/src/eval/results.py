@@ -117,8 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _measurement_digest(records: list[Record]) -> str:
-    """Digest what was measured; the weights are left out, so that a run that has them replaces one
-    that had not."""
+    """Digest what was measured, without the weights: a run that has them replaces one without."""
     what = set()
     for record in records:
         protocol = (record.protocol or {}).get("name")

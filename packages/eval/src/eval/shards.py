@@ -1,5 +1,4 @@
-"""Readers of tar files: media shards, index shards (docs/artifacts.md) and plain webdatasets of
-images."""
+"""Readers of tar files: media and index shards (docs/artifacts.md), webdatasets of images."""
 
 import io
 import json
@@ -19,15 +18,20 @@ from eval.source import Batch, Source
 
 INDEX_FORMAT = "omv2-index-shards"
 MEDIA_FORMAT = "omv2-media-shards"
-FIELDS = {
-    "images": ("images",),
-    "pairs": ("original", "reconstruction"),
-}  # of each kind of media shards
+# What a manifest must say for us to read the shards.
+REQUIRED = {
+    INDEX_FORMAT: {"codebook_bits", "num_samples", "class_names", "shards"},
+    MEDIA_FORMAT: {
+        *("kind", "encoding", "resolution", "num_samples", "class_names", "shards"),
+        *("tokenizer", "source"),
+    },
+}
+# The pictures of each kind of media shards; the first is the default.
+FIELDS = {"images": ("images",), "pairs": ("original", "reconstruction")}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder of shards after checking that each shard file is there in
-    full."""
+    """Return the manifest of a folder of shards after checking that all shards are complete."""
     path = folder / "manifest.json"
     if not path.exists():
         raise ValueError(
@@ -40,6 +44,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = (manifest.get("format"), manifest.get("version"))
     if found not in ((INDEX_FORMAT, 1), (MEDIA_FORMAT, 1)):
         raise ValueError(f"{path}: format {found[0]!r} version {found[1]!r} is not known")
+    missing = sorted(REQUIRED[found[0]] - manifest.keys())
+    if missing:
+        raise ValueError(f"{path}: has no {missing[0]!r}; write the shards again")
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.exists():
@@ -91,6 +98,9 @@ class MediaShards(Source):
             raise ValueError(
                 f"{folder}: holds token indices, not pictures; decode them with tokenizer.decode"
             )
+        for name, allowed in (("kind", tuple(FIELDS)), ("encoding", ("npy", "png"))):
+            if manifest[name] not in allowed:
+                raise ValueError(f"{folder}: {name} {manifest[name]!r} is not one of {allowed}")
         super().__init__(str(folder), manifest["class_names"])
         self.manifest = manifest
         self.kind: str = manifest["kind"]
@@ -175,7 +185,7 @@ class MediaShards(Source):
             start,
             [json.loads(sample.read(".json"))["key"] for sample in samples],
             lambda i: samples[i].read(extension),
-            [int(sample.read(".cls")) for sample in samples],
+            [sample.label() for sample in samples],
             self.converted,
             indices,
         )
@@ -183,8 +193,7 @@ class MediaShards(Source):
 
 
 class WebDataset(Source):
-    """A webdataset of images: per sample one image member and, if there is a class, a `.cls`
-    member."""
+    """A webdataset of images: per sample one image and, if there is a class, a `.cls` member."""
 
     def __init__(self, name: str, tars: list[Path]) -> None:
         super().__init__(name, None)
@@ -210,7 +219,7 @@ class WebDataset(Source):
             start,
             [sample.key + extension for sample, extension in zip(samples, extensions, strict=True)],
             lambda i: samples[i].read(extensions[i]),
-            [int(sample.read(".cls")) if ".cls" in sample.members else -1 for sample in samples],
+            [sample.label() for sample in samples],
             self.converted,
         )
 
@@ -231,10 +240,22 @@ class _Sample:
             stream.seek(offset)
             return stream.read(size)
 
+    def label(self) -> int:
+        """Return the class id, -1 where there is none."""
+        if ".cls" not in self.members:
+            return -1
+        text = self.read(".cls").decode(errors="replace")
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"{self.file}: sample {self.key} has the class {text!r}") from None
+
 
 def _scan(path: Path) -> list[_Sample]:
-    """List the samples of a tar file from its headers alone, in order; a key ends at the first dot
-    of the file name."""
+    """List the samples of a tar file in order, from its headers alone.
+
+    As webdataset has it, the key of a member ends at the first dot of its file name.
+    """
     samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(path, "r:") as tar:
