@@ -187,16 +187,25 @@ def test_pairs_that_do_not_match_are_named(tmp_path, run, pictures, degraded, wr
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give exactly one of them"),
+        ({"pairs": "a", "metrics": ["psnrr"]}, "'psnrr' is not one of psnr, ssim"),
+        ({"pairs": "a", "metrics": []}, "name at least one"),
+        ({"pairs": "a", "batch_size": 0}, "batch_size=0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RfidConfig(**fields)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["ckpt=a", "pairs=b"], "give exactly one of them"),
-        ([], "give exactly one of them"),
-        (["pairs=a", "metrics=[psnrr]"], "'psnrr' is not one of psnr, ssim"),
-        (["pairs=a", "metrics=[]"], "name at least one"),
-        (["pairs=a", "batch_size=0"], "batch_size=0; it must be at least 1"),
         (["pairs=a", "+batchsize=3"], "Key 'batchsize' not in 'RfidConfig'"),
         (["pairs=nowhere"], "nowhere: no such file or folder"),
-        (["pairs=nowhere", "weights=x"], "nowhere: no such file or folder"),
     ],
 )
 def test_wrong_options_end_in_one_line(run, options, message):
