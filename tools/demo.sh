@@ -44,7 +44,7 @@ run 'train the auto-regressive model on the tokens' \
     ar.train +model=tiny data.shards="$OUT/tokens/train" data.val_shards="$OUT/tokens/val" \
     out="$OUT/ar" steps=450 val_every_steps=150 save_every_steps=150
 run 'sample tokens of every class' \
-    ar.sample ckpt="$OUT/ar" out="$OUT/samples/tokens" n_per_class=20 sampling.scale=[1.5,1.5]
+    ar.sample ckpt="$OUT/ar" out="$OUT/samples/tokens" n_per_class=20 sampling.scale=[2.0,2.0]
 run 'tokens to images' \
     tokenizer.decode tokens="$OUT/samples/tokens" ckpt="$OUT/tokenizer" out="$OUT/samples/images"
 for split in train val; do
@@ -59,4 +59,5 @@ measure 'measure how often samples are recognised as their class' \
     out="$OUT/eval"
 run 'write the report' \
     eval.report run="$OUT/eval" pairs="$OUT/pairs/val" samples="$OUT/samples/images" \
-    tokens="$OUT/tokens/train" runs="[$OUT/tokenizer,$OUT/ar]" out="$OUT/report.html"
+    tokens="$OUT/tokens/train" runs="[$OUT/tokenizer,$OUT/ar]" out="$OUT/report.html" \
+    title="'Open-MAGVIT2 demo'"
