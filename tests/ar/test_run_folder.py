@@ -1,6 +1,7 @@
 """The run folder: complete checkpoints only, retention, metrics without repeats."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,7 @@ from ar.run_folder import RunFolder
 
 def save(folder: RunFolder, step: int, keep_last: int = 2) -> None:
     files = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w.step": torch.ones(1)}}
-    metadata = {"format": "omv2-ar", "version": "1", "step": str(step)}
-    folder.save(step, files, "model", metadata, {"seed": 0}, {"world_size": 1}, keep_last)
+    folder.save(step, files, {"seed": 0}, {"world_size": 1}, keep_last)
 
 
 def test_the_newest_complete_folder_is_found_and_published(tmp_path: Path) -> None:
@@ -28,6 +28,33 @@ def test_the_newest_complete_folder_is_found_and_published(tmp_path: Path) -> No
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-000000010", "step-000000015"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000015\n"
+
+
+def test_what_a_kill_left_undone_is_done_by_the_next_start(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (5, 10, 15):
+        save(folder, step, keep_last=3)
+    # As after a kill between the rename of step 15 and all that follows it, and an earlier one.
+    published = tmp_path / "model.safetensors"
+    published.unlink()
+    os.link(tmp_path / "checkpoints" / "step-000000010" / "model.safetensors", published)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000000010\n")
+    (tmp_path / "checkpoints" / "step-000000007.tmp").mkdir()
+    for damaged in (False, True):
+        folder.settle(keep_last=2)
+        assert load_file(published)["w"].tolist() == [15.0] * 3
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert names == ["latest", "step-000000010", "step-000000015"]
+        assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000015\n"
+        if not damaged:
+            published.unlink()
+            published.write_bytes(b"half")
+
+
+def test_an_average_of_the_weights_is_published_in_their_place(tmp_path: Path) -> None:
+    files = {name: {"w": torch.full((1,), value)} for name, value in (("model", 1.0), ("ema", 2.0))}
+    RunFolder(tmp_path).save(5, files, {}, {}, keep_last=1)
+    assert load_file(tmp_path / "model.safetensors")["w"].item() == 2.0
 
 
 @pytest.mark.parametrize("damage", ["no run.json", "short file", "lost file", "temporary"])

@@ -289,5 +289,8 @@ def test_killed_and_stopped_runs_end_with_the_metrics_of_an_uninterrupted_one(
     assert last.returncode == 0 and "150 of 150 steps" in last.stdout
     assert command("ar.train", *OPTIONS, *steps, "out=whole").returncode == 0
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    (tmp_path / "killed" / "model.safetensors").unlink()  # as if killed before it was published
     done = command("ar.train", *OPTIONS, *steps, "out=killed")
+    published = [load_file(tmp_path / out / "model.safetensors") for out in ("killed", "whole")]
+    assert all(torch.equal(published[0][name], published[1][name]) for name in published[1])
     assert done.returncode == 0 and "done, 150 of 150 steps" in done.stdout

@@ -39,7 +39,11 @@ def training_bytes(model: ModelConfig, micro_batch: int, ema: bool, bf16: bool) 
 
 
 def free_bytes(device: torch.device, local_processes: int) -> int | None:
-    """Return the free memory for one process on `device`, or None where it cannot be told."""
+    """Return the free memory for one process on `device`, or None where it cannot be told.
+
+    Args:
+        local_processes: how many processes of this machine share its main memory.
+    """
     if device.type == "cpu":
         limits = [psutil.virtual_memory().available, *_cgroup_free(Path("/sys/fs/cgroup"))]
         return min(limits) // local_processes

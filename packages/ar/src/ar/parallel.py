@@ -48,12 +48,22 @@ def start(precision: str | None = None, tracking: str = "none") -> Accelerator:
     return accelerator
 
 
+def local_processes(accelerator: Accelerator) -> int:
+    """Return how many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
 def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Return a module whose backward pass averages gradients over all processes."""
     if accelerator.num_processes == 1:
         return model
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.device.index]
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # the rotary table is a constant
+    )
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[None]:

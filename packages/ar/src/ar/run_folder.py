@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ar.checkpoint import WEIGHTS_METADATA
 from ar.files import read_json, write_atomic, write_json
 
 FORMAT = "omv2-ar-run"
@@ -27,6 +29,12 @@ class Saved:
     step: int
     identity: dict[str, Any]  # what must not change between a run and its continuation
     notes: dict[str, Any]  # what else the run wants to remember
+
+    @property
+    def weights(self) -> Path:
+        """Return the file of the weights to use: their average, where there is one."""
+        average = self.folder / "ema.safetensors"
+        return average if average.is_file() else self.folder / "model.safetensors"
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Load `NAME.safetensors`."""
@@ -59,20 +67,18 @@ class RunFolder:
         self,
         step: int,
         files: dict[str, dict[str, Tensor]],
-        publish: str,
-        metadata: dict[str, str],
         identity: dict[str, Any],
         notes: dict[str, Any],
         keep_last: int,
     ) -> None:
-        """Publish a step folder, then the checkpoint for use, then delete the oldest step folders.
+        """Write a step folder, then `settle`.
 
         Args:
-            files: tensors by file name (without suffix) and name.
-            publish: which of them becomes the run's `model.safetensors`.
-            metadata: of every safetensors file.
+            files: tensors by file name (without suffix) and name: `model`, `optimizer` and, where
+                the weights are averaged, `ema`.
             keep_last: how many step folders remain.
         """
+        metadata = {**WEIGHTS_METADATA, "step": str(step)}
         folder = self.checkpoints / f"step-{step:09d}"
         temporary = folder.with_name(folder.name + ".tmp")
         for stale in (temporary, folder):  # left by a kill, or incomplete
@@ -94,10 +100,24 @@ class RunFolder:
         }
         write_json(temporary / "run.json", run)
         temporary.rename(folder)
-        write_atomic(self.checkpoints / "latest", (folder.name + "\n").encode())
-        self._publish(folder / f"{publish}.safetensors")
-        for old in self._complete()[:-keep_last]:
-            shutil.rmtree(old.folder)
+        self.settle(keep_last)
+
+    def settle(self, keep_last: int) -> None:
+        """Publish the newest step folder, then delete those that are too old or half-written.
+
+        Also finishes what a kill left undone.
+        """
+        saved = self._complete()
+        if saved:
+            newest = saved[-1]
+            write_atomic(self.checkpoints / "latest", (newest.folder.name + "\n").encode())
+            if _published_step(self.path / "model.safetensors") != str(newest.step):
+                self._publish(newest.weights)
+        for half_written in self.checkpoints.glob("step-*.tmp"):
+            shutil.rmtree(half_written)
+        for old in saved[:-keep_last]:
+            # Renamed first, so that a kill leaves no part of it under its name.
+            shutil.rmtree(old.folder.rename(old.folder.with_name(old.folder.name + ".tmp")))
 
     def append_metrics(self, record: dict[str, float | int | None]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -136,6 +156,15 @@ def _read(folder: Path) -> Saved | None:
         if not path.is_file() or path.stat().st_size != file["size"]:
             return None
     return Saved(folder, run["step"], run["identity"], run["notes"])
+
+
+def _published_step(path: Path) -> str | None:
+    """Return the step of published weights, or None where there are none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("step")
+    except (OSError, SafetensorError):
+        return None
 
 
 def _step_of(line: str) -> float:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ar import memory, parallel
 from ar.batches import batch_reader, read_ahead
-from ar.checkpoint import WEIGHTS_METADATA, load_weights, write_card
+from ar.checkpoint import load_weights, write_card
 from ar.config import ModelConfig, TrainConfig, command, resolve_model
 from ar.files import write_atomic
 from ar.model import AR
@@ -52,7 +52,7 @@ def train(config: TrainConfig, stop: parallel.StopRequest) -> None:
 
     # Does it fit, before anything large is touched; then the data.
     model_config = model_shape(config)
-    free = memory.free_bytes(device, world_size if device.type == "cpu" else 1)
+    free = memory.free_bytes(device, parallel.local_processes(accelerator))
     bf16 = accelerator.mixed_precision == "bf16"
     memory.check(model_config, config.micro_batch, config.ema_decay > 0, bf16, free)
     shards = open_shards(config)
@@ -75,6 +75,9 @@ def train(config: TrainConfig, stop: parallel.StopRequest) -> None:
     saved = folder.newest()
     if saved is not None:
         check_identity(config, saved, identity)
+        accelerator.wait_for_everyone()  # all processes have read the folder
+        if accelerator.is_main_process:
+            folder.settle(config.keep_last)
         if saved.step >= total_steps:
             accelerator.print(f"{config.out}: done, {saved.step} of {total_steps} steps")
             return
@@ -114,9 +117,7 @@ def train(config: TrainConfig, stop: parallel.StopRequest) -> None:
             }
             if average:
                 files["ema"] = average_tensors()
-            metadata = {**WEIGHTS_METADATA, "step": str(step)}
-            publish = "ema" if average else "model"
-            folder.save(step, files, publish, metadata, identity, notes, config.keep_last)
+            folder.save(step, files, identity, notes, config.keep_last)
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
