@@ -1,9 +1,11 @@
 """The counter-based noise: the published hash, the right distribution, no visible dependence."""
 
 import numpy as np
+import pytest
 import scipy.stats
 import torch
 
+from ar.guidance import draw
 from ar.noise import exponential, mix
 
 
@@ -18,6 +20,16 @@ def test_noise_is_exponential() -> None:
     noise = exponential(0, torch.arange(64), 3, 4096).flatten().double().numpy()
     assert scipy.stats.kstest(noise, "expon").pvalue > 0.01
     assert (noise > 0).all()
+
+
+def test_noise_is_finite_even_at_the_end_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bits in (0, -1):  # all of them 0, all of them 1
+        monkeypatch.setattr("ar.noise.mix", lambda x, bits=bits: torch.full_like(x, bits))
+        noise = exponential(0, torch.arange(2), 0, 3)
+        assert noise.isfinite().all() and (noise > 0).all()
+        # Of several scores only one of which is allowed, that one wins.
+        logits = torch.tensor([[0.0, 1.0, 2.0]] * 2)
+        assert draw(logits, noise, top_k=1).tolist() == [2, 2]
 
 
 def test_noise_of_different_samples_draws_and_seeds_is_uncorrelated() -> None:

@@ -34,6 +34,7 @@ def exponential(seed: int, ids_B: Tensor, draw: int, size: int) -> Tensor:
     state = mix(mix(mix(torch.full_like(ids_B, seed)) ^ ids_B) + draw)
     counter = torch.arange(size, device=ids_B.device) * _GOLDEN
     bits = _shift(mix(state[:, None] + counter), 32)
-    # (bits + 1/2) / 2^32 is in (0, 1]. Small values, which decide an argmax, keep full precision;
-    # 1, which rounding makes of the largest, gives infinity, which never wins.
-    return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
+    # (bits + 1/2) / 2^32 in (0, 1). Small values, which decide an argmax, keep full precision; the
+    # largest would round to 1 and give infinity, with which the only token allowed would not win.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log1p(-uniform)
