@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ar.model import AR
-from ar.sample import chosen_classes, class_folders, make_plan
+from ar.sample import chosen_classes, class_folders, class_names, make_plan
 from ar.shards import IndexShards
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -42,7 +42,13 @@ def test_samples_are_the_same_from_one_process_two_and_after_a_kill(
     assert manifest["source"]["checkpoint"]["id"] == "run"
     IndexShards(tmp_path / "two").verify()
 
-    # What a kill leaves: a job, a finished shard, a half-written one.
+    # What a kill leaves after the manifest: files of the job.
+    (tmp_path / "two" / "job.json").write_text("{}")
+    done = command("ar.sample", *options, "out=two")
+    assert done.returncode == 0 and "done, 20 samples" in done.stdout
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+
+    # What a kill leaves before it: a job, a finished shard, a half-written one.
     entries = [s for s in manifest["shards"] if s["file"] != "shard-000001.tar"]
     request = {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")}
     folder = tmp_path / "two"
@@ -84,7 +90,7 @@ def test_wrong_requests_end_in_one_line(checkpoint: Path, command: Command) -> N
             "error: classes=[4]: the model's class ids are 0 to 3",
         ),
         (["ckpt=run", "out=run"], "error: out=run: the folder holds other files"),
-        (["out=a"], "missing mandatory value: ckpt"),
+        (["out=a"], "error: ckpt has no default: set ckpt=..."),
     ):
         done = command("ar.sample", *options)
         assert done.returncode == 1
@@ -92,7 +98,7 @@ def test_wrong_requests_end_in_one_line(checkpoint: Path, command: Command) -> N
 
 
 def test_keys_are_plain_unique_paths() -> None:
-    folders = class_folders(["tabby cat", "crane", "tench, Tinca tinca", "a/b"], 4)
+    folders = class_folders(["tabby cat", "crane", "tench, Tinca tinca", "a/b"])
     assert list(folders.values()) == [
         "unconditional",
         "tabby_cat",
@@ -100,12 +106,19 @@ def test_keys_are_plain_unique_paths() -> None:
         "tench_Tinca_tinca",
         "a_b",
     ]
-    twice = class_folders(["crane", "owl", "Crane"], 3)
+    twice = class_folders(["crane", "owl", "Crane"])
     assert list(twice.values()) == ["unconditional", "0000_crane", "0001_owl", "0002_Crane"]
     plan = make_plan([2, -1], 2, folders)
     assert plan.keys[0] == "tench_Tinca_tinca/00000000"
     assert plan.keys[3] == "unconditional/00000001"
     assert len(set(plan.ids.tolist())) == 4
+
+
+def test_classes_without_names_are_called_by_their_numbers() -> None:
+    card = {"tokens": {"class_names": None}, "model": {"num_classes": 2}}
+    assert class_names(card) == ["0", "1"]
+    assert class_names({**card, "tokens": CARD}) == CARD["class_names"]
+    assert class_names({**card, "model": {"num_classes": 0}}) == []
 
 
 def test_all_classes_are_sampled_unless_chosen() -> None:

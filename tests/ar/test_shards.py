@@ -134,9 +134,13 @@ def test_an_interrupted_job_writes_only_what_is_missing(tmp_path: Path) -> None:
         indices = np.full((1, 1, 2, 2), number, np.uint32)
         job.write(number, indices, np.zeros(1, np.int32), [f"{number}"])
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json.tmp").write_bytes(b"ha")  # killed at the very start
     job = ShardJob(tmp_path / "out", request, 2)
     job.begin()
     write(job, 0)
+    with pytest.raises(ValueError, match="shard 1 is missing"):
+        job.finish()
     first = (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns
     (tmp_path / "out" / "shard-000001.tar").write_bytes(b"half")  # no entry: not counted
     with pytest.raises(ValueError, match="seed: 0 there, 1 asked"):

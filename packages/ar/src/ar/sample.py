@@ -57,18 +57,22 @@ def chosen_classes(classes: list[int] | None, num_classes: int) -> list[int]:
     known = list(range(num_classes)) or [-1]
     wrong = sorted(set(classes or []) - {*known, -1})
     if wrong:
-        raise ValueError(
-            f"classes={wrong}: the model's class ids are 0 to {num_classes - 1}, or -1 for none"
-        )
+        ids = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 alone"
+        raise ValueError(f"classes={wrong}: the model's class ids are {ids}")
     return known if classes is None else list(classes)
 
 
-def class_folders(class_names: list[str] | None, num_classes: int) -> dict[int, str]:
+def class_names(card: dict[str, Any]) -> list[str]:
+    """Return the names of a model's classes; where the data named none, their numbers."""
+    names = card["tokens"]["class_names"]
+    return [str(c) for c in range(card["model"]["num_classes"])] if names is None else names
+
+
+def class_folders(names: list[str]) -> dict[int, str]:
     """Return a folder name per class id: the class name in plain characters.
 
     Where two names become the same, all get their id in front.
     """
-    names = [*(class_names or []), *map(str, range(len(class_names or []), num_classes))]
     plain = [re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "class" for name in names]
     if len({name.lower() for name in [*plain, "unconditional"]}) < len(plain) + 1:
         plain = [f"{number:04d}_{name}" for number, name in enumerate(plain)]
@@ -94,7 +98,7 @@ def make_request(
         "views": [{"name": "sample"}],
         "block_size": BLOCK_SIZE,
         "num_samples": len(classes) * config.n_per_class,
-        "class_names": tokens["class_names"],
+        "class_names": class_names(card) or None,
         "source": {
             "name": "ar.sample",
             "checkpoint": {"id": config.ckpt.rstrip("/"), "digest": digest},
@@ -111,12 +115,12 @@ def main(config: SampleConfig) -> None:
     accelerator = parallel.start(config.precision)
     folder = checkpoint_folder(config.ckpt)
     card = read_card(folder)
-    names = card["tokens"]["class_names"]
-    num_classes = card["model"]["num_classes"] if names is None else len(names)
-    classes = chosen_classes(config.classes, num_classes)
-    folders = class_folders(names, num_classes)
+    names = class_names(card)
+    classes = chosen_classes(config.classes, len(names))
+    folders = class_folders(names)
     plan = make_plan(classes, config.n_per_class, folders)
-    digest = sha256_file(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    written, digest = weights.stat().st_mtime_ns, sha256_file(weights)
     request = make_request(config, card, digest, classes, accelerator.mixed_precision)
     num_shards = -(-len(plan.keys) // config.samples_per_shard)
     if num_shards > 9999:
@@ -126,6 +130,8 @@ def main(config: SampleConfig) -> None:
         )
     job = ShardJob(Path(config.out), request, num_shards)
     if job.finished:
+        if accelerator.is_main_process:
+            job.tidy()  # what a kill left behind the manifest
         accelerator.print(f"{config.out}: done, {len(plan.keys):,} samples in {num_shards} shards")
         return
     missing = job.missing()
@@ -135,6 +141,11 @@ def main(config: SampleConfig) -> None:
     accelerator.wait_for_everyone()
 
     model = AR.from_pretrained(folder).to(accelerator.device)
+    if weights.stat().st_mtime_ns != written:
+        raise ValueError(
+            f"ckpt={config.ckpt}: a training run replaced the weights while they were read; sample "
+            "into a new folder"
+        )
     if accelerator.mixed_precision == "bf16":
         model.cast_weights(torch.bfloat16)
     accelerator.print(

@@ -91,7 +91,7 @@ class ShardJob:
             self.finished = True
         elif job.is_file():
             found = read_json(job, JOB_FORMAT)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and {f.name for f in self.folder.iterdir()} - {"job.json.tmp"}:
             raise ValueError(
                 f"out={self.folder}: the folder holds other files; choose a new folder"
             )
@@ -127,12 +127,20 @@ class ShardJob:
     def finish(self) -> None:
         """Write the manifest and remove the files of the job; for one process, after all shards."""
         entries = [self._entry(number) for number in range(self.num_shards)]
-        assert all(entries), "finish is called when no shard is missing"
+        if None in entries:
+            raise ValueError(
+                f"out={self.folder}: shard {entries.index(None)} is missing after all processes "
+                "wrote theirs; they need the same file system"
+            )
         manifest = {"format": FORMAT, "version": 1, **self.request, "shards": entries}
         write_json(self.folder / "manifest.json", manifest)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the files of a finished job; for one process."""
         for number in range(self.num_shards):
-            self._entry_path(number).unlink()
-        (self.folder / "job.json").unlink()
+            self._entry_path(number).unlink(missing_ok=True)
+        (self.folder / "job.json").unlink(missing_ok=True)
 
     def _entry_path(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.json"
