@@ -123,9 +123,7 @@ class DataConfig:
     shards: str = "outputs/tokens/imagenet/train"  # folder of index shards to train on
     val_shards: str | None = None  # folder of index shards for the validation loss; null: none
     val_samples: int | None = None  # validate on so many samples, the first ones; null: all
-    verify: bool = (
-        False  # read every shard once and compare its sha256 with the manifest before training
-    )
+    verify: bool = False  # compare the sha256 of every shard with the manifest before training
 
     def __post_init__(self) -> None:
         if self.val_samples is not None:
@@ -182,9 +180,7 @@ class TrainConfig:
     global_batch: int = 768  # images per optimizer step, over all processes
     micro_batch: int = 24  # images per process and forward pass; the accumulation follows from it
     class_dropout: float = 0.1  # share of labels replaced by "unconditional", for guidance
-    ema_decay: float = (
-        0.0  # average of the weights, published in their place; 0: none, as in the paper
-    )
+    ema_decay: float = 0.0  # average of the weights, published in their place; 0: none, as in paper
     log_every_steps: int = 10  # metrics.jsonl and the tracker
     val_every_steps: int = 1000  # loss on data.val_shards
     save_every_steps: int = 1000  # checkpoints to resume from
@@ -214,12 +210,8 @@ class SamplingConfig:
 
     scale: list[float] = field(default_factory=lambda: [1.9, 2.0])  # guidance; 1: none
     temperature: list[float] = field(default_factory=lambda: [1.0, 1.0])  # 0: the most likely token
-    top_k: list[int] = field(
-        default_factory=lambda: [0, 0]
-    )  # draw from so many tokens; 0: from all
-    top_p: list[float] = field(
-        default_factory=lambda: [1.0, 1.0]
-    )  # draw from this share of probability
+    top_k: list[int] = field(default_factory=lambda: [0, 0])  # draw from so many tokens; 0: all
+    top_p: list[float] = field(default_factory=lambda: [1.0, 1.0])  # from this share of probability
 
     def __post_init__(self) -> None:
         for option in ("scale", "temperature", "top_k", "top_p"):
