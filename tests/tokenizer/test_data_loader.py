@@ -1,5 +1,9 @@
 """Batches: the order of data/order.py, damaged pictures replaced or named, with any workers."""
 
+import multiprocessing
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -65,6 +69,28 @@ def test_workers_change_nothing(tmp_path):
     config.num_workers = 2
     for a, b in zip(alone, batches(config, 5), strict=True):
         assert torch.equal(a.images, b.images) and a.skipped == b.skipped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sigwaitinfo")
+def test_workers_end_by_sigterm_from_their_reader_only(tmp_path):
+    config = folder(tmp_path, 20)
+    config.num_workers = 1
+    dataset = open_dataset(config, "all", train=True)
+    stream = training_batches(
+        dataset, config, seed=3, start_step=0, micro_batch=4, accumulation=1, rank=0, world=1
+    )
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    time.sleep(0.5)
+    assert len(list(islice(stream, 10))) == 10  # more than what was read ahead
+    assert worker.is_alive()
+    worker.terminate()
+    # The loader reports the end of a worker as an error, whenever it comes.
+    with pytest.raises(RuntimeError, match="worker"):
+        worker.join(timeout=30)
+        list(islice(stream, 10))
+    assert worker.exitcode == 0
 
 
 def test_a_damaged_sample_gives_way_to_the_next_and_is_named_once(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Batches from a Dataset, decoded in worker processes: endless for training, ordered for export."""
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,8 +84,28 @@ def _loader(samples: torch.utils.data.Dataset, batches, num_workers: int, collat
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
+        worker_init_fn=_outlive_group_signals,
         pin_memory=torch.accelerator.is_available(),
     )
+
+
+def _outlive_group_signals(worker_id: int) -> None:
+    """Let SIGTERM end a worker only where the process that reads from it sends it.
+
+    torchrun and batch systems send it to whole process groups; training then still needs its
+    workers to finish the step and save. A worker whose parent is gone ends by itself.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _collate_train(items: list) -> tuple[Tensor | None, Tensor, Names]:
