@@ -257,9 +257,10 @@ def test_tars_that_are_cut_short_or_compressed_are_refused_by_name(tmp_path):
 
 
 def test_a_damaged_label_is_refused_by_name(tmp_path):
-    write_tar(tmp_path / "000.tar", sample("a", 0, cls=b"cat"))
-    with pytest.raises(ValueError, match="000.tar: the label of sample a is damaged"):
-        opened("webdataset", tmp_path, "all")
+    for damaged in ({"cls": b"cat"}, {"json": b"{"}, {"json": b"[1]"}):
+        write_tar(tmp_path / "000.tar", sample("a", 0, **damaged))
+        with pytest.raises(ValueError, match="000.tar: the label of sample a is damaged"):
+            opened("webdataset", tmp_path, "all")
 
 
 def test_a_folder_without_tars_is_refused(tmp_path):

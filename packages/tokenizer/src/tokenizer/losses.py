@@ -6,6 +6,7 @@ The discriminator's side is in discriminator.py; the entropy in entropy.py. Pixe
 """
 
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +89,14 @@ def perceptual_loss(config: LossConfig) -> nn.Module | None:
     backbone = _vgg16_state(config.perceptual_backbone)
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     # lpips cuts torchvision's `features` into five slices and keeps the layer numbers.
-    for name, parameter in network.net.state_dict().items():
-        parameter.copy_(backbone["features." + name.split(".", 1)[1]])
+    sources = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
+    try:
+        network.net.load_state_dict({name: backbone[source] for name, source in sources.items()})
+    except (KeyError, TypeError, RuntimeError):  # a layer is not there or has another shape
+        raise ValueError(
+            f"loss.perceptual_backbone={config.perceptual_backbone}: not the weights of "
+            "torchvision's VGG-16"
+        ) from None
     return network.eval().requires_grad_(False)
 
 
@@ -105,13 +112,12 @@ def _vgg16_state(path: str | None) -> dict[str, Tensor]:
         if path is None:
             return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+    # URLError is an OSError; a wrong hash or half a file is a RuntimeError.
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
         source = (
             "cannot be downloaded"
             if path is None
             else f"cannot be read from loss.perceptual_backbone={path}"
         )
-        raise ValueError(f"the VGG-16 weights of LPIPS {source} ({error}): {remedy}") from None
+        raise ValueError(f"the VGG-16 weights of LPIPS {source} ({reason}): {remedy}") from None

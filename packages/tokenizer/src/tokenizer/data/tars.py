@@ -180,7 +180,12 @@ def _read_label(
             offset, size = members[name]
             file.seek(offset)
             text = file.read(size).decode()
-            label = int(text) if name == "cls" else json.loads(text).get(label_key)
+            if name == "cls":
+                return int(text)
+            fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise ValueError("not an object")
+            label = fields.get(label_key)
             if isinstance(label, int | str):
                 return label
     return None
