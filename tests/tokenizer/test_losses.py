@@ -8,7 +8,7 @@ import torch
 
 from tokenizer.autoencoder import Reconstruction
 from tokenizer.config import LossConfig, OptimConfig
-from tokenizer.discriminator import PatchGAN
+from tokenizer.discriminator import LeCam, PatchGAN
 from tokenizer.losses import GeneratorObjective, entropy_weight, perceptual_loss
 from tokenizer.schedule import lr_scheduler
 
@@ -93,6 +93,19 @@ def test_missing_perceptual_weights_are_explained(tmp_path: Path) -> None:
     assert perceptual_loss(LossConfig(perceptual_weight=0)) is None
 
 
+@pytest.mark.parametrize("content", [b"no weights", b"", {"a": 1.0}, {"features.0.weight": 1.0}])
+def test_a_file_without_the_perceptual_weights_is_refused_by_name(
+    tmp_path: Path, content: bytes | dict[str, float]
+) -> None:
+    path = tmp_path / "other.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({name: torch.tensor(value) for name, value in content.items()}, path)
+    with pytest.raises(ValueError, match=r"loss\.perceptual_backbone=.*other\.pth"):
+        perceptual_loss(LossConfig(perceptual_backbone=str(path)))
+
+
 def test_perceptual_backbone_is_read_from_a_file(tmp_path: Path) -> None:
     from torchvision.models import vgg16
 
@@ -107,6 +120,16 @@ def test_perceptual_backbone_is_read_from_a_file(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
     image = torch.rand(1, 3, 32, 32)
     assert lpips(image, image).item() == 0
+
+
+def test_lecam_averages_move_as_far_in_micro_batches_as_in_one() -> None:
+    whole, cut = LeCam(), LeCam()
+    whole.update(torch.tensor(1.0), torch.tensor(-2.0))
+    for _ in range(4):
+        cut.update(torch.tensor(1.0), torch.tensor(-2.0), share=1 / 4)
+    assert whole.real.item() == pytest.approx(0.001, rel=1e-4)
+    assert cut.real.item() == pytest.approx(whole.real.item(), rel=1e-4)
+    assert cut.fake.item() == pytest.approx(whole.fake.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["l1_weight", "entropy_weight", "lecam_weight"])

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from tokenizer.autoencoder import Tokenizer
 from tokenizer.config import CONF_DIR, TrainConfig, validated
+from tokenizer.data import open_dataset
 from tokenizer.run_folder import RunFolder, changed_settings
-from tokenizer.train import check_discriminator
+from tokenizer.train import check_discriminator, settings
 
 TINY = [
     "data.num_workers=0",
@@ -123,13 +124,17 @@ def test_a_killed_run_resumes_without_losing_or_repeating_a_step(
     wait_for(tmp_path / "run" / "checkpoints" / "step-000000002" / "run.json")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # What a kill may leave behind: half a checkpoint and half a line.
-    (tmp_path / "run" / "checkpoints" / "step-000000099.tmp").mkdir(parents=True)
+    # What a kill may leave behind: half a checkpoint, half a deleted one and half a line.
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-000000099.tmp").mkdir(parents=True)
+    (checkpoints / "step-000000001").mkdir()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     result = train(tmp_path, "steps=6", "out=run")
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", uninterrupted)
+    steps = [path.name for path in sorted(checkpoints.iterdir())]
+    assert steps == ["latest", "step-000000004", "step-000000006"]
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:
@@ -140,8 +145,10 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
+    """Also where it goes to the whole process group, so to the workers that read the data."""
     process = subprocess.Popen(
-        command("steps=100000", "out=run", "checkpoint_every=100000"),
+        command("steps=100000", "out=run", "checkpoint_every=100000", "data.num_workers=1"),
+        start_new_session=True,
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -149,7 +156,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
         text=True,
     )
     wait_for(tmp_path / "run" / "metrics.jsonl")
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "the same command resumes" in stdout
@@ -167,6 +174,39 @@ def test_two_processes_equal_one_where_the_batch_is_judged_as_a_whole(tmp_path: 
     for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert line.keys() == other.keys()
         assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_accumulation_over_two_processes_equals_one_large_batch(tmp_path: Path) -> None:
+    arguments = ["steps=4", "loss.adversarial_weight=0", "loss.entropy_weight=0"]
+    arguments += ["log_every=4", "validate_every=3"]
+    one = train(tmp_path, *arguments, "micro_batch=8", "out=one")
+    two = train(tmp_path, *arguments, "micro_batch=2", "out=two", processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert [line["step"] for line in metrics(tmp_path / "one")] == [3, 4]
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_ruined_weights_are_never_saved(tmp_path: Path) -> None:
+    rarely = ["log_every=9", "validate_every=9", "preview_every=9"]
+    result = train(tmp_path, "steps=9", "out=run", "optim.lr=1e30", *rarely)
+    assert result.returncode == 1
+    assert "error: there are weights that are not finite at step 4; the newest" in result.stderr
+    assert RunFolder(tmp_path / "run").latest_step() == 2
+
+
+def test_weights_without_a_state_to_resume_from_are_not_replaced(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    weights = (uninterrupted / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").write_bytes(weights)
+    result = train(tmp_path, "steps=2", "out=run")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: run holds trained weights")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
 
 def test_changed_settings_are_refused_by_name(uninterrupted: Path, tmp_path: Path) -> None:
@@ -233,6 +273,16 @@ def test_a_discriminator_too_deep_for_the_images_is_refused() -> None:
     config = composed("loss.adversarial_weight=0.1", "data.resolution=16")
     with pytest.raises(ValueError, match="loss.discriminator_layers=3"):
         check_discriminator(config)
+
+
+def test_other_data_changes_the_settings_and_another_place_does_not() -> None:
+    config = composed()
+    train_set, val_set = (open_dataset(config.data, s, train=True) for s in ("train", "val"))
+    before = settings(config, train_set)
+    config.data.root = "/elsewhere"
+    assert changed_settings(before, settings(config, train_set)) == []
+    (line,) = changed_settings(before, settings(config, val_set))
+    assert line.startswith("data.digest (was 'sha256:")
 
 
 def test_changed_settings_are_found_at_any_depth() -> None:

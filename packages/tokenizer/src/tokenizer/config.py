@@ -272,7 +272,8 @@ class TrainConfig:
         if self.global_batch % share:
             raise ValueError(
                 f"global_batch={self.global_batch}: must be a multiple of "
-                f"micro_batch={self.micro_batch} x {processes} processes = {share}"
+                f"micro_batch={self.micro_batch} x {processes} processes = {share}; "
+                "change either size"
             )
         return self.global_batch // share
 

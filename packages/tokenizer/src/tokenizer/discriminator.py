@@ -71,10 +71,16 @@ class LeCam(nn.Module):
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))
 
-    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Advance the averages by the mean logits of a step, taken over all processes."""
-        self.real.lerp_(real_mean.detach().to(self.real), 1.0 - self.decay)
-        self.fake.lerp_(fake_mean.detach().to(self.fake), 1.0 - self.decay)
+    def update(self, real_mean: Tensor, fake_mean: Tensor, share: float = 1.0) -> None:
+        """Advance the averages by mean logits, taken over all processes.
+
+        Args:
+            share: what part of a step they are of, so that the averages reach back the same number
+                of steps however these are cut into micro-batches.
+        """
+        weight = 1.0 - self.decay**share
+        self.real.lerp_(real_mean.detach().to(self.real), weight)
+        self.fake.lerp_(fake_mean.detach().to(self.fake), weight)
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """mean relu(D(x) - ema_fake)^2 + mean relu(ema_real - D(x_hat))^2, after `update`."""

@@ -48,6 +48,11 @@ def add_parts(totals: dict[str, Tensor], parts: dict[str, Tensor], count: int) -
         totals[name] = totals.get(name, 0) + part.float() / count
 
 
+def sum_over_processes(count: int, accelerator: Accelerator) -> int:
+    """Return the sum of a count of each process."""
+    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum").item())
+
+
 def mean_over_processes(parts: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
     """Return the parts averaged over the processes, as numbers."""
     values = accelerator.reduce(torch.stack(list(parts.values())), "mean")

@@ -64,7 +64,7 @@ class RunFolder:
         return Resumed(step, run["settings"], state)
 
     def save(self, step: int, settings: dict[str, Any], state: State, keep_last: int) -> None:
-        """Publish the state of `step` and delete all but the newest `keep_last` folders."""
+        """Publish the state of `step`; delete incomplete folders and old ones but `keep_last`."""
         folder = self._step_folder(step)
         temporary = folder.with_name(folder.name + ".tmp")
         for stale in (temporary, folder):  # left by a kill, or incomplete
@@ -107,11 +107,11 @@ class RunFolder:
         return self.checkpoints / f"step-{step:09d}"
 
     def _retain(self, keep_last: int) -> None:
-        folders = sorted(
-            f for f in self.checkpoints.glob("step-*") if _complete_step(f) is not None
-        )
-        for folder in folders[:-keep_last]:
-            shutil.rmtree(folder)
+        folders = sorted(self.checkpoints.glob("step-*"))
+        complete = [folder for folder in folders if _complete_step(folder) is not None]
+        for folder in folders:  # incomplete ones were left by a kill
+            if folder not in complete[-keep_last:]:
+                shutil.rmtree(folder)
 
 
 def changed_settings(before: Any, now: Any, name: str = "") -> list[str]:

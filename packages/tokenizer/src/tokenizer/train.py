@@ -27,7 +27,7 @@ from tokenizer.config import TrainConfig, command
 from tokenizer.data import Dataset, open_dataset, training_batches
 from tokenizer.discriminator import PatchGAN, hinge_loss
 from tokenizer.losses import GeneratorObjective, perceptual_loss
-from tokenizer.meters import Clock, add_parts, mean_over_processes
+from tokenizer.meters import Clock, add_parts, mean_over_processes, sum_over_processes
 from tokenizer.pixels import to_float
 from tokenizer.run_folder import RunFolder, changed_settings
 from tokenizer.schedule import lr_scheduler
@@ -72,7 +72,8 @@ def main(config: TrainConfig) -> None:
             *([state.adversary.optimizer] if state.adversary else []),
         )
     ]
-    step = resume(config, folder, state, accelerator)
+    chosen = settings(config, dataset)
+    step = resume(config, chosen, folder, state, accelerator)
     if step >= total_steps:
         accelerator.print(
             f"{config.out} is trained for {step} of {total_steps} steps: nothing to do"
@@ -152,18 +153,16 @@ def main(config: TrainConfig) -> None:
         # Log, look, save.
         stopping = stop.agreed(accelerator, step)
         last = stopping or step == total_steps
-        if last or step % config.log_every == 0:
+        validating = last or step % config.validate_every == 0
+        if validating or step % config.log_every == 0:
             record = mean_over_processes(parts, accelerator)
             if not math.isfinite(record["loss"]):
-                raise ValueError(
-                    f"the loss is {record['loss']} at step {step}; the last good state is in "
-                    f"{folder.checkpoints}. Lower optim.lr or loss.adversarial_weight"
-                )
+                raise diverged(folder, step, f"the loss is {record['loss']}")
             record |= {
-                "skipped": skipped,
+                "skipped": sum_over_processes(skipped, accelerator),
                 "lr": state.optimizer.param_groups[0]["lr"],
             } | clock.rates(step, config.global_batch)
-            if last or step % config.validate_every == 0:
+            if validating:
                 record |= validate(
                     state.ema.module,
                     val_dataset,
@@ -181,7 +180,7 @@ def main(config: TrainConfig) -> None:
         if accelerator.is_main_process and (last or step % config.preview_every == 0):
             save_preview(state, val_dataset, folder, step, config.preview_images)
         if last or step % config.checkpoint_every == 0:
-            save(config, folder, state, step, accelerator)
+            save(config, chosen, folder, state, step, accelerator)
         if stopping:
             break
     progress.close()
@@ -208,7 +207,8 @@ def discriminator_loss(
     parts = {"discriminator": hinge.detach()}
     if config.loss.lecam_weight:
         means = accelerator.reduce(torch.stack([real.mean(), fake.mean()]).detach(), "mean")
-        adversary.lecam.update(means[0], means[1])
+        share = 1 / config.accumulation(accelerator.num_processes)  # of a step
+        adversary.lecam.update(means[0], means[1], share)
         parts["lecam"] = adversary.lecam(real, fake)
         total = hinge + config.loss.lecam_weight * parts["lecam"]
         parts["lecam"] = parts["lecam"].detach()
@@ -230,7 +230,7 @@ def check_discriminator(config: TrainConfig) -> None:
         )
 
 
-def settings(config: TrainConfig) -> dict[str, Any]:
+def settings(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """Return what decides the result of a step: a resumed run refuses to mix two of them."""
     names = (
         "model",
@@ -245,17 +245,27 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     )
     chosen = {name: value for name, value in asdict(config).items() if name in names}
     chosen["data"].pop("num_workers")
-    chosen["data"].pop("root")  # the same data may lie elsewhere
+    chosen["data"].pop("root")  # the same data may lie elsewhere: its names and classes count
+    chosen["data"]["digest"] = dataset.describe()["digest"]
     if config.optim.schedule != "cosine":  # training longer changes no earlier step
         del chosen["steps"], chosen["epochs"]
     return json.loads(json.dumps(chosen))
 
 
 def resume(
-    config: TrainConfig, folder: RunFolder, state: TrainingState, accelerator: Accelerator
+    config: TrainConfig,
+    chosen: dict[str, Any],
+    folder: RunFolder,
+    state: TrainingState,
+    accelerator: Accelerator,
 ) -> int:
     """Restore the newest complete state and return its step; 0 where there is none."""
     step = folder.latest_step()
+    if step is None and checkpoint.saved_step(folder.path) is not None:
+        raise ValueError(
+            f"{folder.path} holds trained weights, but {folder.checkpoints} has no complete state "
+            "to resume from: set run_name or out for a new run"
+        )
     accelerator.wait_for_everyone()  # before anybody writes
     if step is None:
         if accelerator.is_main_process:
@@ -264,7 +274,7 @@ def resume(
             write_config(config, folder)
         return 0
     resumed = folder.load(step)
-    changed = changed_settings(resumed.settings, settings(config))
+    changed = changed_settings(resumed.settings, chosen)
     if changed and not config.allow_changes:
         raise ValueError(
             f"{folder.path} was trained with other settings: {'; '.join(changed)}. "
@@ -282,16 +292,28 @@ def resume(
 
 def save(
     config: TrainConfig,
+    chosen: dict[str, Any],
     folder: RunFolder,
     state: TrainingState,
     step: int,
     accelerator: Accelerator,
 ) -> None:
-    """Publish the resume state, then the checkpoint for use."""
+    """Publish the resume state, then the checkpoint for use; refuse weights that are ruined."""
+    if not state.is_finite():
+        raise diverged(folder, step, "there are weights that are not finite")
     if accelerator.is_main_process:
-        folder.save(step, settings(config), state.tensors(), config.keep_last)
+        folder.save(step, chosen, state.tensors(), config.keep_last)
         state.ema.module.save_pretrained(folder.path, step)
     accelerator.wait_for_everyone()
+
+
+def diverged(folder: RunFolder, step: int, what: str) -> ValueError:
+    """Return the error that ends a run which cannot recover."""
+    saved = folder.latest_step()
+    remains = "nothing was saved" if saved is None else f"the newest state is of step {saved}"
+    return ValueError(
+        f"{what} at step {step}; {remains}. Lower optim.lr or loss.adversarial_weight"
+    )
 
 
 def save_preview(

@@ -59,6 +59,11 @@ class TrainingState:
             state["discriminator_optimizer"] = _optimizer_tensors(self.adversary.optimizer)
         return state
 
+    def is_finite(self) -> bool:
+        """Return whether all weights are finite numbers."""
+        modules = [self.tokenizer, *([self.adversary.discriminator] if self.adversary else [])]
+        return all(bool(p.isfinite().all()) for m in modules for p in m.parameters())
+
     def load(self, state: State) -> None:
         """Restore what `tensors` returned; names and shapes must fit exactly."""
         self.tokenizer.load_state_dict(state["model"])
