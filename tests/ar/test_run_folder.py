@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ar.run_folder import RunFolder
@@ -49,6 +50,16 @@ def test_what_a_kill_left_undone_is_done_by_the_next_start(tmp_path: Path) -> No
         if not damaged:
             published.unlink()
             published.write_bytes(b"half")
+
+
+def test_the_same_weights_have_the_same_bytes(tmp_path: Path) -> None:
+    contents = set()
+    for number in range(8):  # the library orders the metadata at random
+        save(RunFolder(tmp_path / str(number)), 5)
+        contents.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "0" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "omv2-ar", "version": "1", "step": "5"}
 
 
 def test_an_average_of_the_weights_is_published_in_their_place(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Checkpoints for use: `config.json` (the card) and `model.safetensors` (docs/artifacts.md)."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ar.config import ModelConfig
 from ar.files import read_json, write_json
@@ -36,11 +37,27 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def save_tensors(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    """Write named tensors as safetensors whose bytes depend on their content only.
+
+    The library orders the metadata differently in every process; here they are sorted.
+    """
+    save_file(tensors, path, metadata={**WEIGHTS_METADATA, "step": str(step)})
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(data) == size, "the same entries in another order"
+        file.seek(8)
+        file.write(data)
+
+
 def write_weights(path: Path, weights: dict[str, Any], step: int) -> None:
     """Write named tensors as fp32 safetensors, atomically."""
     plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(plain, temporary, metadata={**WEIGHTS_METADATA, "step": str(step)})
+    save_tensors(temporary, plain, step)
     temporary.replace(path)
 
 

@@ -25,16 +25,16 @@ def training_bytes(model: ModelConfig, micro_batch: int, ema: bool, bf16: bool) 
     """Estimate the bytes one process needs to train.
 
     Exact for weights, gradients and Adam's two moments (and the EMA copy), all fp32. For the
-    activations a count of what a block keeps for its backward pass, per token: about 12 widths of
+    activations a count of what a block keeps for its backward pass, per token: about 16 widths of
     the stream and 4 widths of the feed-forward network.
     """
     assert model.grid and model.sub_token_bits
     state = count_parameters(model) * 4 * (5 if ema else 4)
     positions = micro_batch * model.grid[0] * model.grid[1]
     slots = model.num_layers + 2 * model.num_intra_layers  # the intra stack has two per position
-    width = 12 * model.dim + 4 * model.ffn_dim
+    width = 16 * model.dim + 4 * model.ffn_dim
     activations = positions * slots * width * (3 if bf16 else 4)  # bf16: the stream stays fp32
-    logits = positions * sum(2**bits for bits in model.sub_token_bits) * 4 * 3
+    logits = positions * sum(2**bits for bits in model.sub_token_bits) * 4 * 4
     return state + activations + logits
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ar.checkpoint import WEIGHTS_METADATA
+from ar.checkpoint import save_tensors
 from ar.files import read_json, write_atomic, write_json
 
 FORMAT = "omv2-ar-run"
@@ -78,7 +78,6 @@ class RunFolder:
                 the weights are averaged, `ema`.
             keep_last: how many step folders remain.
         """
-        metadata = {**WEIGHTS_METADATA, "step": str(step)}
         folder = self.checkpoints / f"step-{step:09d}"
         temporary = folder.with_name(folder.name + ".tmp")
         for stale in (temporary, folder):  # left by a kill, or incomplete
@@ -87,7 +86,7 @@ class RunFolder:
         for name, tensors in files.items():
             path = temporary / f"{name}.safetensors"
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, path, metadata=metadata)
+            save_tensors(path, plain, step)
             _sync(path)
         sizes = [{"name": p.name, "size": p.stat().st_size} for p in sorted(temporary.iterdir())]
         run = {
