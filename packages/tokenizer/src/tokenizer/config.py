@@ -300,7 +300,7 @@ class EncodeConfig:
     seed: int = 0  # of the random views
     batch_size: int = 32  # views per process and forward pass
     precision: str = "no"  # no (float32, exact codes) or bf16 (faster, some codes differ)
-    samples_per_shard: int = 8192  # what a kill can lose, per process
+    samples_per_shard: int = 2048  # what a kill can lose, per process
 
     def __post_init__(self) -> None:
         _check_export(self.batch_size, self.precision, self.samples_per_shard)
