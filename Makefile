@@ -65,20 +65,20 @@ format: setup  ## format the code and mend what the linter can
 
 .PHONY: train-tokenizer
 train-tokenizer: setup  ## train a tokenizer: DATA, DATA_ROOT, RECIPE=small|imagenet_128|imagenet_256
-	$(VENV)/bin/accelerate launch -m tokenizer.train recipe=$(RECIPE) data=$(DATA) $(ROOT) out=$(CKPT) $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m tokenizer.train recipe=$(RECIPE) data=$(DATA) $(ROOT) out=$(CKPT) $(ARGS)
 
 .PHONY: tokenize
 tokenize: setup  ## turn images into index shards: DATA, DATA_ROOT, SPLIT, CKPT
-	$(VENV)/bin/accelerate launch -m tokenizer.encode ckpt=$(CKPT) data=$(DATA) $(ROOT) data.split=$(SPLIT) out=outputs/tokens/$(DATA)/$(SPLIT) $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m tokenizer.encode ckpt=$(CKPT) data=$(DATA) $(ROOT) data.split=$(SPLIT) out=outputs/tokens/$(DATA)/$(SPLIT) $(ARGS)
 
 .PHONY: train-ar
 train-ar: setup  ## train the auto-regressive model on index shards: MODEL, TOKENS
-	$(VENV)/bin/accelerate launch -m ar.train +model=$(MODEL) data.shards=$(TOKENS) out=$(AR) $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m ar.train +model=$(MODEL) data.shards=$(TOKENS) out=$(AR) $(ARGS)
 
 .PHONY: sample
 sample: setup  ## sample from AR and decode with CKPT into outputs/samples
-	$(VENV)/bin/accelerate launch -m ar.sample ckpt=$(AR) out=outputs/samples/$(notdir $(AR))/tokens $(ARGS)
-	$(VENV)/bin/accelerate launch -m tokenizer.decode tokens=outputs/samples/$(notdir $(AR))/tokens ckpt=$(CKPT) out=outputs/samples/$(notdir $(AR))/images format=folder
+	$(VENV)/bin/accelerate launch --quiet -m ar.sample ckpt=$(AR) out=outputs/samples/$(notdir $(AR))/tokens $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m tokenizer.decode tokens=outputs/samples/$(notdir $(AR))/tokens ckpt=$(CKPT) out=outputs/samples/$(notdir $(AR))/images format=folder
 
 .PHONY: eval
 eval: setup  ## measure the reconstructions of CKPT: DATA, DATA_ROOT, RUN
