@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tokenizer.checkpoint import write_json
 from tokenizer.data.source import Skipped
 from tokenizer.shards import Samples
+from tokenizer.stop import check_launcher
 
 JOB_FILE = "job.json"
 
@@ -116,6 +117,7 @@ class Job:
             disable=not accelerator.is_main_process,
         ) as progress:
             for (part, batch), (samples, missing) in zip(batches, outputs, strict=True):
+                check_launcher()
                 sink = sink or open_sink(part)
                 sink.add(samples)
                 for key, reason in missing:
