@@ -320,9 +320,11 @@ def save_preview(
     state: TrainingState, dataset: Dataset, folder: RunFolder, step: int, count: int
 ) -> None:
     """Write `previews/step-....png`: originals above their reconstructions by the EMA weights."""
-    path = folder.path / "previews" / f"step-{step:09d}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_png(preview_grid(state.ema.module, dataset, count), str(path))
+    grid = preview_grid(state.ema.module, dataset, count)
+    if grid is not None:
+        path = folder.path / "previews" / f"step-{step:09d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_png(grid, str(path))
 
 
 def write_config(config: TrainConfig, folder: RunFolder) -> None:

@@ -17,28 +17,39 @@ def validate(
     num_workers: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return the mean PSNR in dB (uint8, per image) of the first `count` samples."""
+    """Return `val_psnr`, the mean PSNR in dB (uint8, per image) of the first `count` samples.
+
+    Where some cannot be read, `val_skipped` is their number; where none can, there is no PSNR.
+    """
     mine = range(len(dataset))[: count or None][
         accelerator.process_index :: accelerator.num_processes
     ]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum of PSNR, images
+    # Sum of PSNR, images, unreadable images.
+    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in ordered_batches(dataset, [CENTER], batches, num_workers):
         originals = batch.images[:, 0].to(accelerator.device)
+        total[2] += len(batch.skipped)
         if not len(originals):
             continue
         difference = originals.double() - reconstruct(tokenizer, originals).double()
         error = difference.square().flatten(1).mean(1).clamp_min(1e-10)
         total[0] += (10 * torch.log10(255.0**2 / error)).sum()
         total[1] += len(originals)
-    total = accelerator.reduce(total, "sum")
-    return {"val_psnr": (total[0] / total[1]).item()}
+    psnr, images, skipped = accelerator.reduce(total, "sum").tolist()
+    record = {"val_psnr": psnr / images} if images else {}
+    return record | ({"val_skipped": skipped} if skipped else {})
 
 
-def preview_grid(tokenizer: Tokenizer, dataset: Dataset, count: int) -> Tensor:
-    """Return uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction."""
+def preview_grid(tokenizer: Tokenizer, dataset: Dataset, count: int) -> Tensor | None:
+    """Return uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction.
+
+    None where none of the first `count` samples can be read.
+    """
     (batch,) = ordered_batches(dataset, [CENTER], [range(min(count, len(dataset)))], num_workers=0)
     originals = batch.images[:, 0]
+    if not len(originals):
+        return None
     pairs = zip(originals.split(8), reconstruct(tokenizer, originals).cpu().split(8), strict=True)
     rows = [_padded(part, min(8, len(originals))) for pair in pairs for part in pair]
     return make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=255)
