@@ -398,6 +398,7 @@ def test_reconstruct_writes_pairs_with_their_tokens(data, tmp_path, encoding):
         (EncodeConfig, {"batch_size": 0}),
         (EncodeConfig, {"precision": "fp16"}),
         (ReconstructConfig, {"samples_per_shard": 0}),
+        (EncodeConfig, {"samples_per_shard": 10**7}),
         (ReconstructConfig, {"encoding": "jpg"}),
         (DecodeConfig, {"format": "jpg"}),
         (DecodeConfig, {"view": -1}),

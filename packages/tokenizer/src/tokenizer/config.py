@@ -19,6 +19,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONF_DIR = str(Path(__file__).with_name("conf"))
 
+MAX_SAMPLES_PER_SHARD = 2_560_000  # blocks of 256 are numbered with four digits
+
 T = TypeVar("T")
 
 
@@ -351,8 +353,10 @@ def _check_export(batch_size: int, precision: str, samples_per_shard: int) -> No
         raise ValueError(f"batch_size={batch_size}: must be 1 or more")
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision={precision}: allowed are no and bf16")
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard={samples_per_shard}: must be 1 or more")
+    if not 1 <= samples_per_shard <= MAX_SAMPLES_PER_SHARD:
+        raise ValueError(
+            f"samples_per_shard={samples_per_shard}: must be 1 to {MAX_SAMPLES_PER_SHARD}"
+        )
 
 
 ConfigStore.instance().store(name="tokenizer_train_schema", node=TrainConfig)
