@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = [
     "steps=40",
     "validate_every=20",
@@ -15,6 +16,7 @@ TOKENIZER = [
     "preview_every=40",
     "checkpoint_every=20",
     "optim.warmup_steps=5",
+    "ema_decay=0.9",
     "model.base_channels=16",
     "data.num_workers=0",
 ]
@@ -108,7 +110,7 @@ def test_the_same_commands_again_do_nothing_twice(folder: Path) -> None:
         return {
             str(f): (f.stat().st_mtime_ns, f.stat().st_size)
             for f in files
-            if f.is_file() and f.name != "config.yaml"
+            if f.is_file() and f.name not in ("config.yaml", "metrics.jsonl", "latest")
         }
 
     before = state()
@@ -119,3 +121,15 @@ def test_the_same_commands_again_do_nothing_twice(folder: Path) -> None:
     run(folder, "ar.sample", "ckpt=ar", "out=samples/tokens", "n_per_class=3")
     run(folder, "tokenizer.decode", "tokens=samples/tokens", "ckpt=tokenizer", "out=samples/images")
     assert state() == before
+
+
+def test_the_python_example_of_the_readme_runs(folder: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    (folder / "outputs" / "demo").mkdir(parents=True)
+    (folder / "outputs" / "demo" / "tokenizer").symlink_to(folder / "tokenizer")
+    (folder / "example.py").write_text(example + "print(images.dtype, tuple(images.shape))\n")
+    printed = subprocess.run(
+        [sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed == "torch.uint8 (4, 3, 32, 32)\n"

@@ -12,14 +12,15 @@ from ar.config import ModelConfig
 from ar.files import read_json, write_json
 
 FORMAT = "omv2-ar"
-WEIGHTS_METADATA = {"format": FORMAT, "version": "1"}
+VERSION = 1
 
 
 def write_card(folder: Path, config: ModelConfig, tokens: dict[str, Any]) -> None:
     """Write the `config.json` of a checkpoint."""
     model = dataclasses.asdict(config)
     write_json(
-        folder / "config.json", {"format": FORMAT, "version": 1, "model": model, "tokens": tokens}
+        folder / "config.json",
+        {"format": FORMAT, "version": VERSION, "model": model, "tokens": tokens},
     )
 
 
@@ -40,17 +41,10 @@ def read_card(folder: Path) -> dict[str, Any]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], step: int) -> None:
     """Write named tensors as safetensors whose bytes depend on their content only.
 
-    The library orders the metadata differently in every process; here they are sorted.
+    The facts are one entry of metadata: the library orders several at random.
     """
-    save_file(tensors, path, metadata={**WEIGHTS_METADATA, "step": str(step)})
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(data) == size, "the same entries in another order"
-        file.seek(8)
-        file.write(data)
+    facts = {"format": FORMAT, "version": VERSION, "step": step}
+    save_file(tensors, path, metadata={"omv2": json.dumps(facts)})
 
 
 def write_weights(path: Path, weights: dict[str, Any], step: int) -> None:

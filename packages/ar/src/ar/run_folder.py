@@ -110,7 +110,7 @@ class RunFolder:
         if saved:
             newest = saved[-1]
             write_atomic(self.checkpoints / "latest", (newest.folder.name + "\n").encode())
-            if _published_step(self.path / "model.safetensors") != str(newest.step):
+            if _published_step(self.path / "model.safetensors") != newest.step:
                 self._publish(newest.weights)
         for half_written in self.checkpoints.glob("step-*.tmp"):
             shutil.rmtree(half_written)
@@ -157,12 +157,12 @@ def _read(folder: Path) -> Saved | None:
     return Saved(folder, run["step"], run["identity"], run["notes"])
 
 
-def _published_step(path: Path) -> str | None:
+def _published_step(path: Path) -> int | None:
     """Return the step of published weights, or None where there are none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("step")
-    except (OSError, SafetensorError):
+            return json.loads(file.metadata()["omv2"])["step"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
 
 

@@ -5,6 +5,7 @@ docs/artifacts.md specifies it.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ def save(folder: Path, model: ModelConfig, state: Mapping[str, Tensor], step: in
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "version": VERSION, "model": asdict(model)}
     write_json(folder / CONFIG_FILE, config)
-    metadata = {"format": FORMAT, "version": str(VERSION), "step": str(step)}
-    write_safetensors(folder / WEIGHTS_FILE, state, metadata)
+    facts = {"format": FORMAT, "version": VERSION, "step": step}
+    write_safetensors(folder / WEIGHTS_FILE, state, facts)
 
 
 def load(path_or_id: str | Path) -> Loaded:
@@ -70,7 +71,7 @@ def saved_step(folder: Path) -> int | None:
     if not (folder / WEIGHTS_FILE).is_file():
         return None
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-        return int(weights.metadata()["step"])
+        return json.loads(weights.metadata()["omv2"])["step"]
 
 
 def _resolve(path_or_id: str) -> Path:
@@ -97,12 +98,22 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, replacing `path` in one piece."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    _publish(temporary, path)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, replacing `path` in one piece."""
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors, replacing `path` in one piece; the bytes depend on the arguments only.
+
+    `facts` become one entry of metadata: safetensors orders several at random.
+    """
     temporary = path.with_name(path.name + ".tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata)
+    save_file(plain, temporary, {"omv2": json.dumps(facts)})
+    _publish(temporary, path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name once its content is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)

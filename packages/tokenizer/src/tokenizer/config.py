@@ -81,7 +81,7 @@ class DataConfig:
     flip: bool = False  # in training: mirror half of the pictures
     exif_orientation: bool = True  # turn pictures as their EXIF data says
     label_key: str = "label"  # webdataset: the class in .json where there is no .cls
-    num_workers: int = 2  # processes that decode pictures; 0: none
+    num_workers: int = 2  # processes that decode pictures, at most one a core; 0: none
 
     def __post_init__(self) -> None:
         if self.name not in ("digits", "imagenet", "folder", "webdataset"):

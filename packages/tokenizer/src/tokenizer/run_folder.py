@@ -70,9 +70,9 @@ class RunFolder:
         for stale in (temporary, folder):  # left by a kill, or incomplete
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
-        metadata = {"format": FORMAT, "version": str(VERSION)}
+        facts = {"format": FORMAT, "version": VERSION}
         for name, tensors in state.items():
-            write_safetensors(temporary / f"{name}.safetensors", tensors, metadata)
+            write_safetensors(temporary / f"{name}.safetensors", tensors, facts)
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         run = {
             "format": FORMAT,

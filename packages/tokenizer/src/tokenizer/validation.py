@@ -17,13 +17,12 @@ def validate(
     num_workers: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Return `val_psnr`, the mean PSNR in dB (uint8, per image) of the first `count` samples.
+    """Return `val_psnr`, the mean PSNR in dB (uint8, per image) of `count` samples.
 
     Where some cannot be read, `val_skipped` is their number; where none can, there is no PSNR.
     """
-    mine = range(len(dataset))[: count or None][
-        accelerator.process_index :: accelerator.num_processes
-    ]
+    chosen = evenly_spaced(len(dataset), count or len(dataset))
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     # Sum of PSNR, images, unreadable images.
     total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -44,15 +43,22 @@ def validate(
 def preview_grid(tokenizer: Tokenizer, dataset: Dataset, count: int) -> Tensor | None:
     """Return uint8 [3, H, W]: rows of up to eight originals, each above its reconstruction.
 
-    None where none of the first `count` samples can be read.
+    None where none of the `count` samples can be read.
     """
-    (batch,) = ordered_batches(dataset, [CENTER], [range(min(count, len(dataset)))], num_workers=0)
+    chosen = evenly_spaced(len(dataset), count)
+    (batch,) = ordered_batches(dataset, [CENTER], [chosen], num_workers=0)
     originals = batch.images[:, 0]
     if not len(originals):
         return None
     pairs = zip(originals.split(8), reconstruct(tokenizer, originals).cpu().split(8), strict=True)
     rows = [_padded(part, min(8, len(originals))) for pair in pairs for part in pair]
     return make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=255)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return up to `count` positions spread over range(total): data sets are sorted by class."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:

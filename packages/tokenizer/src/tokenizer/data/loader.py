@@ -82,11 +82,18 @@ def _loader(samples: torch.utils.data.Dataset, batches, num_workers: int, collat
     return DataLoader(
         samples,
         batch_sampler=batches,
-        num_workers=num_workers,
+        num_workers=min(num_workers, _cores()),
         collate_fn=collate,
         worker_init_fn=_outlive_group_signals,
         pin_memory=torch.accelerator.is_available(),
     )
+
+
+def _cores() -> int:
+    """Return the processors this process may use; more workers than that only take turns."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _outlive_group_signals(worker_id: int) -> None:
