@@ -1,5 +1,6 @@
 """Results files: what is kept, what is replaced, what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,6 +41,50 @@ def test_measuring_one_metric_again_keeps_the_others(tmp_path):
     write_results(tmp_path, "rfid", [record("ssim", 0.6)], 1)
     values = {entry["metric"]: entry["value"] for entry in read_results(tmp_path)}
     assert values == {"psnr": 1.0, "ssim": 0.6}
+
+
+@pytest.mark.parametrize("first", [["psnr"], ["inception_score"]])
+def test_any_choice_of_metrics_belongs_to_the_same_file(tmp_path, first):
+    """Records of one run differ in protocol and reference; those of a metric decide nothing."""
+    custom = {"name": "ours (custom weights)"}
+    full = [
+        record(value=1.0),
+        record("inception_score", 2.0, reference=None, protocol=custom),
+        record("rfid", 3.0, protocol=custom),
+    ]
+    write_results(tmp_path, "rfid", [r for r in full if r.metric in first], 1)
+    write_results(tmp_path, "rfid", full, 1)
+    write_results(tmp_path, "rfid", [r for r in full if r.metric in first], 1)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(entry["value"] for entry in read_results(tmp_path)) == [1.0, 2.0, 3.0]
+
+
+def test_a_number_outlives_a_run_that_cannot_measure_it(tmp_path):
+    missing = record("rfid", None, status="unavailable", reason="no weights")
+    write_results(tmp_path, "rfid", [missing], 1)
+    write_results(tmp_path, "rfid", [record("rfid", 3.0)], 1)
+    write_results(tmp_path, "rfid", [missing, record("psnr")], 1)
+    found = {entry["metric"]: entry["value"] for entry in read_results(tmp_path)}
+    assert found == {"rfid": 3.0, "psnr": 30.0} and len(read_results(tmp_path)) == 2
+    # Other data under the same name: the old number says nothing of them.
+    write_results(tmp_path, "rfid", [dataclasses.replace(missing, count=6)], 1)
+    found = {entry["metric"]: entry["value"] for entry in read_results(tmp_path)}
+    assert found == {"rfid": None, "psnr": 30.0}
+
+
+def test_references_and_weights_are_measured_side_by_side(tmp_path):
+    custom = {"name": "ours (custom weights)"}
+    for change in ({}, {"reference": "other"}, {"protocol": custom}):
+        write_results(tmp_path, "fid", [record("fid", **change)], 1)
+    assert len(read_results(tmp_path)) == 3
+
+
+def test_what_several_runs_share_is_read_once(tmp_path):
+    shared = record("classifier_holdout_accuracy", 0.9, data="holdout")
+    for samples in ("a", "b"):
+        write_results(tmp_path, "accuracy", [record("class_accuracy", data=samples), shared], 1)
+    found = [(entry["metric"], entry["data"]) for entry in read_results(tmp_path)]
+    assert len(found) == 3 and found.count((shared.metric, "holdout")) == 1
 
 
 def test_other_json_files_are_passed_over_and_broken_ones_named(tmp_path):

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 
 FORMAT = "omv2-results"
 VERSION = 1
+MADE = ("command", "versions", "seconds")  # of a record: how it was made, not what was measured
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,20 @@ class Record:
             raise ValueError(f"{self.metric}: an unavailable record has a reason and no value")
 
 
-def unavailable(record: Record, reason: str) -> Record:
-    """Return `record` without its value, carrying the reason."""
-    return dataclasses.replace(record, value=None, status="unavailable", reason=reason)
-
-
 def write_results(out: Path, command: str, records: list[Record], seconds: float) -> Path:
     """Write `records` of the command `eval.COMMAND` into the folder `out` and return the path.
 
-    The file name is the command and a digest of what was measured (data, reference, protocol,
-    checkpoint): the same measurement replaces its own records, keeps the others of that file, and
-    leaves other files alone.
+    The file name is the command and a digest of what was measured (data and checkpoint). Records of
+    the same metric, reference and protocol are replaced, other records of the file stay. A number
+    is never replaced by the news that it could not be had this time.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{command}-{_measurement_digest(records)}.json"
+    path = out / f"{command}-{_subject_digest(records)}.json"
     made = {"command": _command_line(command), "versions": _versions(), "seconds": seconds}
     fresh = [dataclasses.asdict(record) | made for record in records]
-    names = {record.metric for record in records}
-    kept = [old for old in _read(path) or [] if old["metric"] not in names] if path.exists() else []
+    content = _updated((_read(path) or []) if path.exists() else [], fresh)
     text = json.dumps(
-        {"format": FORMAT, "version": VERSION, "records": fresh + kept}, indent=1, allow_nan=False
+        {"format": FORMAT, "version": VERSION, "records": content}, indent=1, allow_nan=False
     )
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
@@ -71,13 +66,16 @@ def write_results(out: Path, command: str, records: list[Record], seconds: float
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of every results file in `folder`, in the order of the file names."""
+    """Return the records of every results file in `folder`, in the order of the file names.
+
+    A measurement that is part of several runs (one classifier judges many sets of samples) is
+    returned once.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of results")
-    records: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("*.json")):
-        records += _read(path) or []
-    return records
+    found = [record for path in sorted(folder.glob("*.json")) for record in _read(path) or []]
+    measured = [{k: v for k, v in record.items() if k not in MADE} for record in found]
+    return [record for i, record in enumerate(found) if measured[i] not in measured[:i]]
 
 
 def print_table(records: list[Record]) -> None:
@@ -116,13 +114,37 @@ def _read(path: Path) -> list[dict[str, Any]] | None:
     return content["records"]
 
 
-def _measurement_digest(records: list[Record]) -> str:
-    """Digest what was measured, without the weights: a run that has them replaces one without."""
+def _updated(old: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a results file holds once `fresh` has been measured after `old`."""
+
+    def topic(record: dict[str, Any]) -> tuple[str, str | None]:
+        return record["metric"], record["reference"]
+
+    def identity(record: dict[str, Any]) -> tuple[Any, ...]:
+        return *topic(record), (record["protocol"] or {}).get("name")
+
+    numbers = {identity(record) for record in fresh if record["value"] is not None}
+    topics = {topic(record): record["count"] for record in fresh}
+    kept = []
+    for record in old:
+        if topic(record) in topics:
+            # Where the number of samples differs the data have changed under the same name.
+            stale = record["count"] != topics[topic(record)] or identity(record) in numbers
+            if stale or record["value"] is None:
+                continue
+        kept.append(record)
+    known = {topic(record) for record in kept}
+    return [
+        record for record in fresh if record["value"] is not None or topic(record) not in known
+    ] + kept
+
+
+def _subject_digest(records: list[Record]) -> str:
+    """Digest what was measured, whichever metrics were asked for: data and checkpoint."""
     what = set()
     for record in records:
-        protocol = (record.protocol or {}).get("name")
-        parts = {"data": record.data, "reference": record.reference, "protocol": protocol}
-        what |= {f"{key}={value}" for key, value in parts.items() if value is not None}
+        if record.data is not None:
+            what.add(f"data={record.data}")
         if record.checkpoint is not None:
             what.add("checkpoint=" + json.dumps(record.checkpoint, sort_keys=True))
     return hashlib.sha256("\n".join(sorted(what)).encode()).hexdigest()[:12]
