@@ -13,7 +13,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import eval.reconstruct
 from eval.config import DataConfig, RfidConfig
-from eval.reconstruct import child_environment, discard, overrides, pairs_folder, reconstruct
+from eval.reconstruct import (
+    Outcome,
+    _unseen,
+    child_environment,
+    discard,
+    overrides,
+    pairs_folder,
+    reconstruct,
+)
 
 
 def config(tmp_path, **fields):
@@ -78,8 +86,42 @@ def test_a_child_is_stopped_when_that_of_another_process_has_failed(tmp_path, ch
     child("import time\ntime.sleep(60)\n")
     start = time.monotonic()
     command = [sys.executable, "-m", "fake_reconstruct"]
-    code, _ = eval.reconstruct._run(command, dict(os.environ), flag, echo=False)
-    assert code == -signal.SIGTERM and time.monotonic() - start < 30
+    outcome = eval.reconstruct._run(command, dict(os.environ), flag, echo=False)
+    assert outcome.code == -signal.SIGTERM and time.monotonic() - start < 30
+    assert outcome.errors == outcome.tail == []  # the other one explains
+
+
+def test_a_child_that_is_killed_is_said_and_stops_the_others(tmp_path, child, capfd):
+    child("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(SystemExit) as stop:
+        reconstruct(config(tmp_path), Accelerator(cpu=True))
+    assert stop.value.code == 1
+    assert capfd.readouterr().err.count("error: fake_reconstruct was ended by SIGKILL") == 1
+    command = [sys.executable, "-m", "fake_reconstruct"]
+    flag = tmp_path / "x.failed"
+    outcome = eval.reconstruct._run(command, dict(os.environ), flag, echo=False)
+    assert flag.exists() and outcome.code == -signal.SIGKILL
+
+
+def test_a_traceback_of_another_process_is_shown_where_nothing_else_explains(tmp_path, child):
+    child("raise RuntimeError('broken')\n")
+    command = [sys.executable, "-m", "fake_reconstruct"]
+    other = eval.reconstruct._run(command, dict(os.environ), tmp_path / "x.failed", echo=False)
+    stopped = Outcome(-signal.SIGTERM, [], [])
+    assert _unseen([stopped, other])[-1] == "RuntimeError: broken"
+    assert _unseen([other, other]) == []  # that of the main process was shown as it came
+    named = Outcome(1, ["error: no data"], ["Traceback", "error: no data"])
+    assert _unseen([stopped, other, named]) == ["error: no data"]
+    assert _unseen([named, named]) == []
+
+
+def test_an_orphan_of_a_killed_launcher_stops(tmp_path, child, monkeypatch):
+    child("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr("eval.measure._PARENT", -1)
+    command = [sys.executable, "-m", "fake_reconstruct"]
+    with pytest.raises(SystemExit, match="the launcher of this process was killed"):
+        eval.reconstruct._run(command, dict(os.environ), tmp_path / "x.failed", echo=False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")

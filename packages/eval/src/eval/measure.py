@@ -36,6 +36,8 @@ INCEPTION_METRICS = frozenset({*FRECHET_FEATURES, "inception_score", "precision"
 # Others wait for the slowest child, and for the main process to compute; the default is 10 minutes.
 PATIENCE = timedelta(days=2)
 
+_PARENT = os.getppid()
+
 Details = dict[str, Any]
 
 
@@ -57,6 +59,13 @@ def start_processes() -> Accelerator:
             f"{accelerator.device}; launch with torchrun or accelerate launch --multi_gpu"
         )
     return accelerator
+
+
+def check_launcher() -> None:
+    """Exit if torchrun or `accelerate launch` is gone: when it is started again, its new processes
+    read and write the same files."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT:
+        raise SystemExit("error: the launcher of this process was killed")
 
 
 class Mergeable(Protocol):
@@ -128,6 +137,7 @@ class Subject:
     reference: str | None
     count: int
     checkpoint: dict[str, Any] | None
+    seed: int | None = None
 
 
 def measured(
@@ -240,6 +250,7 @@ def progress(
     with tqdm(total=count, unit="img", desc=label, disable=silent) as bar:
         for batch in source.batches(config.batch_size, accelerator.process_index, world, count):
             yield batch
+            check_launcher()
             bar.update(min(len(batch.keys) * world, count - bar.n))
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,10 +24,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from eval.config import RfidConfig
+from eval.measure import check_launcher
 
 MODULE = "tokenizer.reconstruct"
 POLL_S = 0.2
+TAIL_LINES = 20  # shown of a child that fails without a line "error: ..."
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended."""
+
+    code: int  # exit code, negative for the signal that ended it
+    errors: list[str]  # its lines "error: ..."
+    tail: list[str]  # the last lines of its stderr, where it failed by itself
 
 
 def reconstruct(config: RfidConfig, accelerator: Accelerator) -> Path:
@@ -45,16 +57,14 @@ def reconstruct(config: RfidConfig, accelerator: Accelerator) -> Path:
     command = [sys.executable, "-m", MODULE, *overrides(config, folder)]
     environment = child_environment(port[0])
     outcomes = gather_object([_run(command, environment, flag, accelerator.is_main_process)])
-    if not any(code for code, _ in outcomes):
+    if not any(outcome.code for outcome in outcomes):
         return folder
     if accelerator.is_main_process:
         flag.unlink(missing_ok=True)
-        shown = set(outcomes[0][1])
-        for line in dict.fromkeys(line for _, lines in outcomes for line in lines):
-            if line not in shown:
-                print(line, file=sys.stderr)
-    # A negative code is a child that was stopped because another had failed.
-    raise SystemExit(next((code for code, _ in outcomes if code > 0), 1))
+        for line in _unseen(outcomes):
+            print(line, file=sys.stderr)
+    # A negative code is a child that a signal ended.
+    raise SystemExit(next((outcome.code for outcome in outcomes if outcome.code > 0), 1))
 
 
 def discard(folder: Path) -> None:
@@ -106,45 +116,66 @@ def child_environment(port: int) -> dict[str, str]:
     return environment
 
 
-def _run(
-    command: list[str], environment: dict[str, str], flag: Path, echo: bool
-) -> tuple[int, list[str]]:
+def _run(command: list[str], environment: dict[str, str], flag: Path, echo: bool) -> Outcome:
     """Run a child to its end, or stop it when the child of another process has failed.
 
     echo: whether its progress and errors go to the terminal.
-    Returns its exit code and its error lines.
     """
-    lines: list[str] = []
+    received: list[str] = []
+    stopped = False
     child = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, preexec_fn=_end_with_parent()
     )
     assert child.stderr is not None
-    reader = threading.Thread(target=_follow, args=(child.stderr, echo, lines), daemon=True)
+    reader = threading.Thread(target=_follow, args=(child.stderr, echo, received), daemon=True)
     reader.start()
     try:
         while child.poll() is None:
+            check_launcher()
             if flag.exists():
+                stopped = True
                 child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=POLL_S)
     finally:
         child.kill()  # does nothing to a child that has ended
     reader.join()
-    if child.returncode > 0:
-        flag.touch()
-    return child.returncode, lines
+    errors = [line for line in received if line.startswith("error:")]
+    if child.returncode == 0 or stopped:
+        return Outcome(child.returncode, errors, [])
+    flag.touch()
+    if child.returncode < 0:
+        errors.append(_ended_by(-child.returncode))
+        if echo:
+            print(errors[-1], file=sys.stderr)
+    return Outcome(child.returncode, errors, received[-TAIL_LINES:])
 
 
-def _follow(stream: IO[bytes], echo: bool, lines: list[str]) -> None:
-    """Read a child's stderr to its end, as it comes, and collect the lines "error: ..."."""
+def _unseen(outcomes: list[Outcome]) -> list[str]:
+    """Return what the main process, whose child's stderr was shown, has to add to explain."""
+    first, *others = outcomes
+    errors = dict.fromkeys(line for outcome in others for line in outcome.errors)
+    if errors or first.errors:
+        return [line for line in errors if line not in first.errors]
+    # Without such a line it is a traceback; where several failed one explains the others.
+    return [] if first.tail else next((outcome.tail for outcome in others if outcome.tail), [])
+
+
+def _ended_by(number: int) -> str:
+    name = signal.Signals(number).name
+    hint = "; perhaps the machine ran out of memory" if number == signal.SIGKILL else ""
+    return f"error: {MODULE} was ended by {name}{hint}; the same command goes on where it was"
+
+
+def _follow(stream: IO[bytes], echo: bool, received: list[str]) -> None:
+    """Read a child's stderr to its end, as it comes, and collect its last lines."""
     text = b""
     while chunk := os.read(stream.fileno(), 4096):
         if echo:
             sys.stderr.write(chunk.decode(errors="replace"))
             sys.stderr.flush()
         text = (text + chunk)[-65536:]
-    found = text.decode(errors="replace").splitlines()
-    lines += [line for line in found if line.startswith("error:")]
+    received += text.decode(errors="replace").splitlines()
 
 
 def _end_with_parent() -> Callable[[], None] | None:
