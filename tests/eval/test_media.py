@@ -63,6 +63,17 @@ def test_grey_alpha_palette_and_cmyk_are_converted_and_counted(tmp_path, picture
     assert (found[0][..., 0] == found[0][..., 2]).all()
 
 
+def test_linked_class_folders_are_read_and_hidden_files_are_not(tmp_path, pictures):
+    write_folder(tmp_path / "elsewhere", pictures(2), ["0.png", "1.tif"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    write_folder(tmp_path / "set", pictures(2), ["dog/0.png", ".cache/0.png"])
+    (tmp_path / "set" / "dog" / "._0.png").write_bytes(b"of another system")
+    source = open_media(str(tmp_path / "set"))
+    assert source.class_names == ["cat", "dog"]
+    assert read(source)[1] == ["cat/0.png", "cat/1.tif", "dog/0.png"]
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
 def test_pictures_of_16_bits_are_refused_by_name(tmp_path, shape):
     path = tmp_path / "deep.png"
@@ -71,6 +82,11 @@ def test_pictures_of_16_bits_are_refused_by_name(tmp_path, shape):
     else:  # PIL cannot write 16-bit colour, and reads it as 8-bit without a word
         path.write_bytes(_png_rgb16(shape))
     with pytest.raises(ValueError, match=r"deep\.png: more than 8 bits"):
+        read(open_media(str(tmp_path)))
+    path.unlink()
+    kind = "P6" if len(shape) == 3 else "P5"
+    (tmp_path / "deep.ppm").write_bytes(f"{kind} 8 8 65535\n".encode() + bytes(8 * 8 * 6))
+    with pytest.raises(ValueError, match=r"deep\.ppm: more than 8 bits"):
         read(open_media(str(tmp_path)))
 
 
@@ -151,6 +167,14 @@ def test_webdataset_samples_without_one_image_are_refused(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
         writer.write({"__key__": "only_text", "txt": "x"})
     with pytest.raises(ValueError, match="sample only_text has 0 images"):
+        open_media(str(tmp_path))
+
+
+def test_a_sample_twice_in_a_tar_is_refused(tmp_path, pictures):
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for image in pictures(2):
+            writer.write({"__key__": "same", "png": Image.fromarray(image)})
+    with pytest.raises(ValueError, match="holds same.png more than once"):
         open_media(str(tmp_path))
 
 
@@ -276,6 +300,9 @@ def test_index_shards_iterate_over_their_blocks(tmp_path):
     manifest = {
         "format": "omv2-index-shards",
         "version": 1,
+        "tokenizer": {"id": "tokenizer", "digest": "sha256:" + "0" * 64},
+        "source": {"name": "test"},
+        "views": [{"name": "center"}],
         "codebook_bits": 18,
         "num_samples": 3,
         "class_names": None,

@@ -6,6 +6,7 @@ FOLDER or FILE.tar of a webdataset of images
 FILE.npz in ADM's layout: arr_0 uint8 [n, h, w, 3], optionally arr_1 [n] class ids
 """
 
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -56,9 +57,8 @@ class FolderSource(Source):
     """All images below a folder in the order of their paths; the class is the first sub-folder."""
 
     def __init__(self, root: Path) -> None:
-        files = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
         self._root = root
-        self._keys = sorted(path.relative_to(root).as_posix() for path in files if path.is_file())
+        self._keys = sorted(_pictures_below(root))
         if not self._keys:
             raise ValueError(f"{root}: no images ({', '.join(sorted(EXTENSIONS))}) in this folder")
         names = sorted({key.split("/")[0] for key in self._keys if "/" in key})
@@ -80,6 +80,19 @@ class FolderSource(Source):
             self._labels[start:stop],
             self.converted,
         )
+
+
+def _pictures_below(root: Path) -> Iterator[str]:
+    """Yield the relative paths, with /, of the pictures below a folder by their names.
+
+    Links to folders are followed: class folders may be such. Hidden files and folders are left out.
+    """
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.suffix.lower() in EXTENSIONS:
+                yield path.relative_to(root).as_posix()
 
 
 class NpzSource(Source):

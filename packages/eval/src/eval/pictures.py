@@ -5,14 +5,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from eval.source import Batch
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+EXTENSIONS = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 THREADS = 8
 
 
@@ -25,17 +28,21 @@ def decode_picture(data: bytes, name: str) -> tuple[np.ndarray, str]:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # PIL opens 16-bit colour PNG as 8-bit RGB without a word; only the raw mode of the tile
-            # tells.
+            # PIL opens colour PNG and PPM of 16 bits as 8-bit RGB without a word; only the raw mode
+            # of a tile tells, and of PPM the largest value after it.
             raw_modes = [str(tile[3]) for tile in image.tile]
-            if image.mode[0] in "IF" or any(";16" in raw for raw in raw_modes):
-                raise ValueError(
-                    f"{name}: more than 8 bits per channel; convert it to 8-bit RGB first"
-                )
-            mode = image.mode
-            return np.asarray(image.convert("RGB")), mode
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            deep = image.mode[0] in "IF" or any(";16" in raw for raw in raw_modes)
+            ppm: list[Any] = [tile[3] for tile in image.tile if tile[0].startswith("ppm")]
+            deep |= any(largest > 255 for _, largest in ppm)
+            if not deep:
+                mode = image.mode
+                return np.asarray(image.convert("RGB")), mode
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: cannot be read as a picture (unknown format)") from None
+    # ValueError: colours that PIL does not convert.
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read as a picture ({error})") from None
+    raise ValueError(f"{name}: more than 8 bits per channel; convert it to 8-bit RGB first")
 
 
 def decode_batches(
