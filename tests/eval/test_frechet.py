@@ -104,3 +104,7 @@ def test_too_few_samples_and_other_dimensions_are_refused():
         frechet_distance(moments_of(samples(1, 4, 0)), moments_of(samples(9, 4, 0)))
     with pytest.raises(ValueError, match="5 and 4 dimensions"):
         frechet_distance(moments_of(samples(9, 5, 0)), moments_of(samples(9, 4, 0)))
+    broken = samples(9, 4, 0)
+    broken[3, 1] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(moments_of(samples(9, 4, 1)), moments_of(broken))

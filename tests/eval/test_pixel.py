@@ -1,5 +1,7 @@
 """PSNR and SSIM against scikit-image."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,13 @@ def test_equal_pictures_have_ssim_one_and_infinite_psnr(pictures):
     mean = ImageMean()
     mean.update(psnr(images, images.clone()))
     with pytest.raises(ValueError, match="2 of 2 pictures are reproduced exactly"):
+        mean.compute()
+
+
+def test_what_is_not_a_number_is_not_called_an_exact_reproduction():
+    mean = ImageMean()
+    mean.update(torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match="not a number for 1 of 2 pictures"):
         mean.compute()
 
 

@@ -27,9 +27,15 @@ class FrechetResult:
 
 
 def frechet_distance(first: Moments, second: Moments) -> FrechetResult:
-    """Return the Frechet distance of two sets of vectors; each needs at least 2."""
+    """Return the Frechet distance of two sets of vectors; each needs at least 2.
+
+    Raises ValueError where there is none.
+    """
     if first.dim != second.dim:
         raise ValueError(f"features of {first.dim} and {second.dim} dimensions have no distance")
+    for moments in (first, second):
+        if not bool(moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+            raise ValueError("features that are not finite have no distance")
     if first.count > second.count:  # factor the covariance with the smaller rank
         first, second = second, first
     covariance_1, covariance_2 = first.covariance(), second.covariance()

@@ -15,23 +15,27 @@ class ImageMean:
         self.total = 0.0
         self.count = 0
         self.infinite = 0  # PSNR of pictures that are reproduced exactly
+        self.undefined = 0  # not a number, as networks with odd weights give
 
     def update(self, values: torch.Tensor) -> None:
         """Add values [n]."""
         values = values.double().cpu()
-        finite = values.isfinite()
-        self.total += float(values[finite].sum())
+        self.total += float(values[values.isfinite()].sum())
         self.count += len(values)
-        self.infinite += int((~finite).sum())
+        self.infinite += int(values.isinf().sum())
+        self.undefined += int(values.isnan().sum())
 
     def merge(self, other: "ImageMean") -> None:
         """Add the values that `other` has seen."""
         self.total += other.total
         self.count += other.count
         self.infinite += other.infinite
+        self.undefined += other.undefined
 
     def compute(self) -> float:
-        """Return the mean; raises ValueError where it is infinite."""
+        """Return the mean; raises ValueError where it is infinite or undefined."""
+        if self.undefined:
+            raise ValueError(f"not a number for {self.undefined} of {self.count} pictures")
         if self.infinite:
             raise ValueError(
                 f"{self.infinite} of {self.count} pictures are reproduced exactly, which makes the "
@@ -73,7 +77,9 @@ def ssim(
     x = first.to(dtype) / 255 - 0.5
     y = second.to(dtype) / 255 - 0.5
     moments = torch.stack([x, y, x * x, y * y, x * y])  # [5, n, c, h, w]
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _filter(moments, kernel.to(moments))
+    # TF32, the default of convolutions on GPUs that have it, would keep three digits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        mean_x, mean_y, mean_xx, mean_yy, mean_xy = _filter(moments, kernel.to(moments))
     var_x = bias * (mean_xx - mean_x * mean_x)
     var_y = bias * (mean_yy - mean_y * mean_y)
     covariance = bias * (mean_xy - mean_x * mean_y)
