@@ -120,6 +120,19 @@ def test_unusable_sets_are_refused_by_name(tmp_path: Path) -> None:
         AccuracyConfig(samples="a", train="b", holdout="c", side=2)
 
 
+def test_the_record_names_the_model_that_made_the_samples(digits, tmp_path, write_media) -> None:
+    with np.load(digits / "holdout.npz") as data:
+        folder = write_media(tmp_path / "samples", data["arr_0"][:8], cls=[0] * 8)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    made = {"id": "outputs/ar/tiny", "digest": "sha256:" + "1" * 64}
+    tokens = {"source": {"name": "ar.sample", "checkpoint": made, "seed": 3}}
+    manifest |= {"source": {"name": "tokenizer.decode", "tokens": tokens}, "class_names": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    samples, holdout = measure(config_of(digits, str(folder), max_train=300))
+    assert (samples.checkpoint, samples.seed) == (made, 3)
+    assert (holdout.checkpoint, holdout.seed) == (None, None)
+
+
 def test_records_reach_the_run_folder_with_each_class(digits: Path, tmp_path: Path) -> None:
     records = measure(config_of(digits, max_train=300))
     path = write_results(tmp_path / "run", "accuracy", records, 1.0)

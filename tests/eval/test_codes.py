@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+import eval.codes
 from eval.codebook import CodebookCounts, load_counts, save_counts
 
 
@@ -64,15 +66,12 @@ def write_index_shards(folder: Path, blocks: list[np.ndarray], bits: int) -> Non
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        count = f"--nproc_per_node={processes}"
-        launcher += ["torch.distributed.run", "--standalone", count, "-m"]
+def launch(*options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=120
-    )
+    command = [*launcher, "-m", "eval.codes", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def records_of(folder: Path) -> dict[str, dict]:
@@ -150,15 +149,17 @@ def test_counts_round_trip_through_a_file(tmp_path: Path) -> None:
         load_counts(tmp_path / "other.safetensors")
 
 
-def test_command_gives_the_same_numbers_on_one_and_two_processes(tmp_path: Path) -> None:
+def test_command_gives_the_same_numbers_on_one_and_two_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generator = np.random.default_rng(0)
     blocks = [generator.integers(0, 200, (n, 2, 4, 4)) for n in (256, 256, 37)]
     write_index_shards(tmp_path / "tokens", blocks, bits=8)
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
-        done = run("eval.codes", f"tokens={tmp_path / 'tokens'}", f"out={out}", processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("codebook_perplexity") == 1
+    eval.codes.main(OmegaConf.create({"tokens": f"{tmp_path}/tokens", "out": f"{tmp_path}/out1"}))
+    done = launch(f"tokens={tmp_path}/tokens", f"out={tmp_path}/out2")
+    assert done.returncode == 0, done.stderr
+    for printed in (capsys.readouterr().out, done.stdout):
+        assert printed.count("codebook_perplexity") == 1
     one, two = records_of(tmp_path / "out1"), records_of(tmp_path / "out2")
     assert {name: r["value"] for name, r in one.items()} == {n: r["value"] for n, r in two.items()}
     tokens = np.concatenate([block.ravel() for block in blocks])
@@ -172,12 +173,11 @@ def test_command_gives_the_same_numbers_on_one_and_two_processes(tmp_path: Path)
 
 
 def test_command_names_a_missing_folder_and_a_code_out_of_range(tmp_path: Path) -> None:
-    done = run("eval.codes", f"tokens={tmp_path / 'nowhere'}")
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith("no such folder of index shards")
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match="^error: .*nowhere: no such folder of index shards$"):
+        eval.codes.main(OmegaConf.create({"tokens": f"{tmp_path}/nowhere"}))
     write_index_shards(tmp_path / "tokens", [np.full((2, 2, 1, 1), 9)], bits=3)
-    done = run("eval.codes", f"tokens={tmp_path / 'tokens'}", f"out={tmp_path / 'out'}")
-    assert done.returncode == 1
-    assert "token index 9: codebook_bits=3 allows 0 to 7" in done.stderr
+    with pytest.raises(SystemExit, match="^error: .*token index 9: codebook_bits=3 allows 0 to 7$"):
+        eval.codes.main(
+            OmegaConf.create({"tokens": f"{tmp_path}/tokens", "out": f"{tmp_path}/out"})
+        )
     assert not (tmp_path / "out").exists()

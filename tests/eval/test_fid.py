@@ -15,7 +15,7 @@ from eval.features.inception import InceptionExtractor
 from eval.measure import finish, publish
 from eval.results import read_results
 
-N = 6
+N = 4
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_pairs_need_to_be_told_which_side_is_meant(sets, write_media, pictures, 
     with pytest.raises(ValueError, match="ref_field"):
         measure(fields | {"ref": folder})
     records = measure(fields | {"ref": folder}, ref_field="original")
-    assert records["fid"].reference == folder
+    assert records["fid"].reference == f"{folder}, original"
 
 
 def test_the_model_that_made_the_samples_is_in_the_record(sets, write_media, pictures, tmp_path):
@@ -121,9 +121,11 @@ def test_the_model_that_made_the_samples_is_in_the_record(sets, write_media, pic
     assert measure(fields | {"samples": str(folder)})["fid"].checkpoint["id"].endswith("toy")
     manifest = json.loads((folder / "manifest.json").read_text())
     made = {"id": "outputs/ar/b", "digest": "sha256:" + "1" * 64}
-    manifest["source"] = {"name": "ar.sample", "checkpoint": made, "seed": 0}
+    tokens = {"source": {"name": "ar.sample", "checkpoint": made, "seed": 7}}
+    manifest["source"] = {"name": "tokenizer.decode", "view": 0, "tokens": tokens}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert measure(fields | {"samples": str(folder)})["fid"].checkpoint == made
+    record = measure(fields | {"samples": str(folder)})["fid"]
+    assert record.checkpoint == made and record.seed == 7
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -10,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+import eval.codebook
+import eval.reconstruct
+import eval.rfid
 from eval.config import RFID_METRICS, RfidConfig
 from eval.features.inception import InceptionExtractor
 from eval.results import read_results
 
-NUM = 8
+NUM = 5
 FAKE_CHILD = """
 import os, shutil, sys
 out = next(a for a in sys.argv if a.startswith("out="))[5:-1]
@@ -44,23 +47,45 @@ def pairs(tmp_path, pictures, degraded, write_media):
 
 
 @pytest.fixture
-def run(tmp_path, pairs, monkeypatch):
-    """Run the command with a fake child; return the finished process."""
+def fake(tmp_path, pairs, monkeypatch):
+    """Make the child of this process and of `launch` a fake; work in `tmp_path`."""
     (tmp_path / "fake_reconstruct.py").write_text(FAKE_CHILD)
     (tmp_path / "driver.py").write_text(DRIVER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FAKE_PAIRS", str(pairs))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(eval.reconstruct, "MODULE", "fake_reconstruct")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(fake, capfd):
+    """Run the command in this process; return what a finished process has."""
+
+    def start(**fields):
+        capfd.readouterr()
+        code: object = 0
+        try:
+            eval.rfid.main(OmegaConf.create(fields))
+        except SystemExit as stop:
+            code = stop.code
+        if isinstance(code, str):  # as the interpreter does
+            print(code, file=sys.stderr)
+            code = 1
+        return subprocess.CompletedProcess([], code, *capfd.readouterr())
+
+    return start
+
+
+@pytest.fixture
+def launch(tmp_path, fake):
+    """Run the command line in processes of its own; return the finished one."""
 
     def start(*options, world=1):
-        launch = [sys.executable, str(tmp_path / "driver.py")]
-        if world > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            launch = [sys.executable, *torchrun, str(tmp_path / "driver.py")]
-        return subprocess.run(
-            [*launch, *options], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ)
-        )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        launcher = [sys.executable, *(torchrun if world > 1 else []), str(tmp_path / "driver.py")]
+        return subprocess.run([*launcher, *options], capture_output=True, text=True)
 
     return start
 
@@ -70,23 +95,26 @@ def values(folder):
 
 
 def test_all_metrics_of_one_and_two_processes_agree_with_reference_packages(
-    tmp_path, run, pictures, degraded, inception_file, alexnet_file
+    tmp_path, run, launch, pictures, degraded, inception_file, alexnet_file
 ):
-    weights = [f"weights={inception_file}", f"lpips_weights={alexnet_file}", "splits=2"]
-    options = ["ckpt=some/tokenizer", "data=digits", "batch_size=2", *weights]
-    alone = run(*options, "out=one")
+    fields = {"ckpt": "some/tokenizer", "data": {"name": "digits"}, "batch_size": 2, "splits": 2}
+    fields |= {"weights": str(inception_file), "lpips_weights": str(alexnet_file)}
+    alone = run(**fields, out="one")
     assert alone.returncode == 0, alone.stderr
-    shared = run(*options, "out=two", world=2)
+    options = [f"{name}={value}" for name, value in fields.items() if name != "data"]
+    shared = launch(*options, "data=digits", "out=two", world=2)
     assert shared.returncode == 0, shared.stderr
     one, two = values(tmp_path / "one"), values(tmp_path / "two")
     assert list(one) == list(RFID_METRICS)
     for metric, value in one.items():
         assert two[metric] == pytest.approx(value, rel=1e-12, abs=1e-12), metric
     # The pairs were consumed, and each process had a child that knew its rank.
-    assert [path.suffix for path in (tmp_path / "two").iterdir()] == [".json"]
+    (path,) = (tmp_path / "two").iterdir()
     log = sorted((tmp_path / "log").read_text().splitlines())
     assert [line[:4] for line in log] == ["0 1 ", "0 2 ", "1 2 "]
-    assert "data=digits" in log[0] and "ckpt='some/tokenizer'" in log[0]
+    assert all("data=digits" in line and "ckpt='some/tokenizer'" in line for line in log)
+    command = json.loads(path.read_text())["records"][0]["command"]  # the results are plain JSON
+    assert command.startswith("python -m eval.rfid ckpt=some/tokenizer ")
     check_against_packages(one, pictures(NUM), degraded(pictures(NUM)), inception_file)
 
 
@@ -125,7 +153,7 @@ def exact_frechet(x, y):
 
 
 def test_without_weights_the_other_metrics_are_measured(tmp_path, run, pairs):
-    done = run(f"pairs={pairs}", "out=run")
+    done = run(pairs=str(pairs), out="run")
     assert done.returncode == 0, done.stderr
     records = {record["metric"]: record for record in read_results(tmp_path / "run")}
     missing = {name for name, record in records.items() if record["status"] == "unavailable"}
@@ -142,14 +170,14 @@ def test_without_weights_the_other_metrics_are_measured(tmp_path, run, pairs):
 
 
 def test_a_missing_metric_that_was_asked_for_by_name_fails_after_writing(tmp_path, run, pairs):
-    done = run(f"pairs={pairs}", "metrics=[psnr,rfid]", "out=run")
+    done = run(pairs=str(pairs), metrics=["psnr", "rfid"], out="run")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: metrics=['rfid']")
     assert set(values(tmp_path / "run")) == {"psnr", "rfid"}
 
 
 def test_few_samples_and_custom_weights_are_said(tmp_path, run, pairs, inception_file):
-    done = run(f"pairs={pairs}", "metrics=[rfid]", f"weights={inception_file}", "out=run")
+    done = run(pairs=str(pairs), metrics=["rfid"], weights=str(inception_file), out="run")
     assert done.returncode == 0, done.stderr
     (record,) = read_results(tmp_path / "run")
     assert record["protocol"]["name"] == "ours (custom weights)"
@@ -161,17 +189,17 @@ def test_few_samples_and_custom_weights_are_said(tmp_path, run, pairs, inception
 
 
 def test_kept_reconstructions_stay_and_serve_the_next_run(tmp_path, run):
-    options = ["ckpt=tok", "metrics=[psnr]", "keep=true", "out=run"]
-    assert run(*options).returncode == 0
+    options = {"ckpt": "tok", "metrics": ["psnr"], "keep": True, "out": "run"}
+    assert run(**options).returncode == 0
     (folder,) = (tmp_path / "run").glob("pairs-*")
-    assert run(*options).returncode == 0
+    assert run(**options).returncode == 0
     assert (folder / "manifest.json").exists()
     assert len(read_results(tmp_path / "run")) == 1
 
 
-def test_a_failing_child_of_any_rank_ends_all_with_its_message_once(tmp_path, run, monkeypatch):
+def test_a_failing_child_of_any_rank_ends_all_with_its_message_once(tmp_path, launch, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "1")
-    done = run("ckpt=tok", "metrics=[psnr]", "out=run", world=2)
+    done = launch("ckpt=tok", "metrics=[psnr]", "out=run", world=2)
     assert done.returncode != 0
     assert done.stderr.count("error: rank has no data") == 1
     assert not list((tmp_path / "run").glob("*.json"))
@@ -180,9 +208,9 @@ def test_a_failing_child_of_any_rank_ends_all_with_its_message_once(tmp_path, ru
 def test_pairs_that_do_not_match_are_named(tmp_path, run, pictures, degraded, write_media):
     images = pictures(4)
     folder = write_media(tmp_path / "bad", images, degraded(images)[:, :16])
-    done = run(f"pairs={folder}", "metrics=[psnr]")
+    done = run(pairs=str(folder), metrics=["psnr"])
     assert done.returncode == 1
-    line = done.stderr.strip().splitlines()[-1]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert line.startswith("error: pairs do not match: 'c0/00000000' is 32x32") and "16x32" in line
 
 
@@ -200,19 +228,50 @@ def test_wrong_options_are_named(fields, message):
         RfidConfig(**fields)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["ckpt=a", "pairs=b"], "give exactly one of them"),
-        (["pairs=a", "+batchsize=3"], "Key 'batchsize' not in 'RfidConfig'"),
-        (["pairs=nowhere"], "nowhere: no such file or folder"),
-    ],
-)
-def test_wrong_options_end_in_one_line(run, options, message):
-    done = run(*options)
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ") and message in line
+def test_wrong_options_end_in_one_line(run, launch):
+    for done, message in [
+        (launch("pairs=a", "+batchsize=3"), "Key 'batchsize' not in 'RfidConfig'"),
+        (run(ckpt="a", pairs="b"), "give exactly one of them"),
+        (run(pairs="nowhere"), "nowhere: no such file or folder"),
+    ]:
+        assert done.returncode == 1
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("error: ") and message in line
+
+
+def test_missing_weights_are_named_before_anything_is_reconstructed(tmp_path, run):
+    done = run(ckpt="tok", metrics=["psnr"], weights="nowhere.pth", out="run")
+    assert done.returncode == 1 and "error: weights=nowhere.pth: no such file" in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_reconstructions_stay_where_a_metric_asked_for_is_still_missing(tmp_path, run):
+    options = {"ckpt": "tok", "metrics": ["psnr", "rfid"], "out": "run"}
+    done = run(**options)
+    assert done.returncode == 1 and "kept for the next run: run/pairs-" in done.stdout
+    (folder,) = (tmp_path / "run").glob("pairs-*")
+    assert (folder / "manifest.json").exists()
+    assert run(**options | {"metrics": ["psnr"]}).returncode == 0
+    assert not folder.exists()
+
+
+def test_what_was_left_out_and_which_folder_was_read_is_in_the_records(tmp_path, run, pairs):
+    manifest = json.loads((pairs / "manifest.json").read_text())
+    manifest["skipped"] = {"count": 2, "reasons": {"truncated": 2}, "examples": ["a.png", "b.png"]}
+    manifest["source"]["digest"] = "sha256:0123456789"
+    (pairs / "manifest.json").write_text(json.dumps(manifest))
+    assert run(pairs=str(pairs), metrics=["psnr", "rfid"], out="run").returncode == 1
+    for record in read_results(tmp_path / "run"):
+        assert record["protocol"]["skipped"]["reasons"] == {"truncated": 2}
+        assert record["data"] == "reconstructions of toy val 32x32 01234567"
+
+
+def test_codebook_use_is_recorded_as_by_eval_codes(tmp_path, run, pairs):
+    assert run(pairs=str(pairs), metrics=["codebook_usage"], out="run").returncode == 0
+    (record,) = read_results(tmp_path / "run")
+    assert record["unit"] == eval.codebook.UNITS["codebook_usage"]
+    tokens = {"codebook_bits": 10, "tokens": NUM * 16}
+    assert record["protocol"] == eval.codebook.PROTOCOL | tokens
 
 
 def test_pictures_too_small_for_a_window_make_it_unavailable(
@@ -220,16 +279,8 @@ def test_pictures_too_small_for_a_window_make_it_unavailable(
 ):
     images = pictures(4, 8)
     folder = write_media(tmp_path / "small", images, degraded(images))
-    assert run(f"pairs={folder}", "out=run").returncode == 0
+    assert run(pairs=str(folder), out="run").returncode == 0
     records = {record["metric"]: record for record in read_results(tmp_path / "run")}
     assert records["ssim"]["reason"] == "pictures of 8x8; at least 11 pixels are needed"
     assert records["ssim_uniform7"]["status"] == "ok"
     assert "31 pixels" in records["lpips_alex"]["reason"]
-
-
-def test_the_defaults_are_valid_and_results_are_plain_json(tmp_path, run, pairs):
-    assert RfidConfig(ckpt="x").metrics is None
-    assert run(f"pairs={pairs}", "metrics=[psnr]", "out=run").returncode == 0
-    (path,) = (tmp_path / "run").glob("rfid-*.json")
-    command = json.loads(path.read_text())["records"][0]["command"]
-    assert command.startswith("python -m eval.rfid ") and "metrics=[psnr]" in command

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from eval.config import AccuracyConfig, command
 from eval.media import open_media
 from eval.results import Record, print_table, write_results
-from eval.shards import MediaShards
+from eval.shards import MediaShards, maker
 from eval.source import Source
 
 PENALTY = 10.0  # C of the classifier
@@ -134,13 +133,6 @@ def class_accuracies(
     }
 
 
-def model_of(source: Source) -> dict[str, Any] | None:
-    """Return the checkpoint that made the samples, where their manifest names it."""
-    if not isinstance(source, MediaShards):
-        return None
-    return source.manifest["source"].get("checkpoint") or source.manifest.get("tokenizer")
-
-
 def measure(config: AccuracyConfig) -> list[Record]:
     """Train the classifier, check it and judge the samples."""
     sources = {
@@ -161,6 +153,9 @@ def measure(config: AccuracyConfig) -> list[Record]:
         ("classifier_holdout_accuracy", "holdout"),
     ):
         source = sources[option]
+        made_by = None
+        if option == "samples" and isinstance(source, MediaShards):
+            made_by = maker(source.manifest)
         data = translate(option, load(option, source, config), tables[option], trained)
         predicted = classifier.predict(data.features)
         protocol = {
@@ -180,7 +175,8 @@ def measure(config: AccuracyConfig) -> list[Record]:
                 protocol=protocol,
                 data=source.name,
                 reference=train_source.name,
-                checkpoint=model_of(source) if option == "samples" else None,
+                checkpoint=made_by.checkpoint if made_by else None,
+                seed=made_by.seed if made_by else None,
             )
         )
     return records

@@ -17,6 +17,15 @@ from safetensors.torch import save
 MAX_BITS = 28  # 2^28 counts take 2 GiB
 FORMAT = "omv2-codebook-counts"
 VERSION = "1"
+# Of the records of every command that measures a codebook.
+PROTOCOL = {"name": "ours"}
+UNITS = {
+    "codebook_usage": "fraction",
+    "codebook_perplexity": "codes",
+    "codebook_entropy_bits": "bits",
+    "codebook_dead": "codes",
+    "codebook_tokens": "tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class CodebookUse:
     entropy_bits: float  # entropy of the measured code distribution, in [0, bits]
     perplexity: float  # exp(entropy) = 2^entropy_bits, in [1, num_codes]
     bit_ones: tuple[float, ...]  # [bits], share of tokens whose bit k is 1; 0.5 is balanced
+
+    def facts(self) -> dict[str, int]:
+        """Return what a record must say beside the numbers: they depend on it."""
+        return {"codebook_bits": self.bits, "tokens": self.tokens}
 
 
 class CodebookCounts:

@@ -13,12 +13,12 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from eval.codebook import CodebookCounts, CodebookUse, save_counts
+from eval.codebook import PROTOCOL, UNITS, CodebookCounts, CodebookUse, save_counts
 from eval.config import CodesConfig, command
 from eval.measure import gather_merged
 from eval.media import open_index_shards
 from eval.results import Record, print_table, write_results
-from eval.shards import IndexShards
+from eval.shards import IndexShards, maker
 
 
 def count_tokens(
@@ -38,28 +38,27 @@ def count_tokens(
 
 def codebook_records(use: CodebookUse, shards: IndexShards) -> list[Record]:
     """Return what `use` says as records."""
-    source = shards.manifest["source"]
-    # Generated tokens measure the model that made them, others their tokenizer.
-    checkpoint = source.get("checkpoint") or shards.manifest["tokenizer"]
+    made_by = maker(shards.manifest)
     views = [view["name"] for view in shards.manifest["views"]]
-    values: list[tuple[str, float, str]] = [
-        ("codebook_usage", use.usage, "fraction"),
-        ("codebook_perplexity", use.perplexity, "codes"),
-        ("codebook_entropy_bits", use.entropy_bits, "bits"),
-        ("codebook_dead", use.dead, "codes"),
-        ("codebook_tokens", use.tokens, "tokens"),
-    ]
+    values: dict[str, float] = {
+        "codebook_usage": use.usage,
+        "codebook_perplexity": use.perplexity,
+        "codebook_entropy_bits": use.entropy_bits,
+        "codebook_dead": use.dead,
+        "codebook_tokens": use.tokens,
+    }
     return [
         Record(
             metric,
             value,
-            unit=unit,
+            unit=UNITS[metric],
             count=use.tokens,
-            protocol={"name": "ours", "codebook_bits": use.bits, "views": views},
+            protocol=PROTOCOL | use.facts() | {"views": views},
             data=shards.name,
-            checkpoint=checkpoint,
+            checkpoint=made_by.checkpoint,
+            seed=made_by.seed,
         )
-        for metric, value, unit in values
+        for metric, value in values.items()
     ]
 
 

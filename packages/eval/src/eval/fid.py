@@ -6,7 +6,6 @@ python -m eval.fid samples=samples.npz ref=imagenet.safetensors n=50000
 
 import time
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -27,7 +26,7 @@ from eval.measure import (
 )
 from eval.media import open_media
 from eval.results import Record
-from eval.shards import MediaShards
+from eval.shards import MediaShards, maker
 from eval.source import Source
 from eval.statistics import PixelDigest, Provenance, load_statistics, save_statistics
 
@@ -53,6 +52,13 @@ def open_pictures(option: str, spec: str, field: str | None) -> Source:
             f"{option}={spec} holds pairs: set {option}_field=original or =reconstruction"
         )
     return source
+
+
+def described(source: Source) -> str:
+    """Return the name of a source for the records, with the side where it holds pairs."""
+    if isinstance(source, MediaShards) and source.kind == "pairs":
+        return f"{source.name}, {source.field}"
+    return source.name
 
 
 def read_features(
@@ -112,15 +118,8 @@ def save_reference(
     provenance = Provenance(
         protocol["extractor"], protocol["weights"], protocol["preprocessing"], name, str(digest)
     )
-    save_statistics(Path(config.save_ref), state.pool3, provenance)
+    save_statistics(Path(config.save_ref).expanduser(), state.pool3, provenance)
     print(f"statistics of ref: {config.save_ref}")
-
-
-def checkpoint_of(source: Source) -> dict[str, Any] | None:
-    """Return the model that made the samples, as far as their manifest names it."""
-    if not isinstance(source, MediaShards):
-        return None
-    return source.manifest["source"].get("checkpoint") or source.manifest["tokenizer"]
 
 
 def measure(config: FidConfig, accelerator: Accelerator) -> list[Record]:
@@ -143,9 +142,18 @@ def measure(config: FidConfig, accelerator: Accelerator) -> list[Record]:
         raise ValueError(f"save_ref={config.save_ref}: {next(iter(reasons.values()))}")
     if not accelerator.is_main_process:
         return []
+    made_by = maker(samples.manifest) if isinstance(samples, MediaShards) else None
+    subject = Subject(
+        # Another number of samples is another measurement, which must not replace this one.
+        data=described(samples) + (f", first {count:,}" if config.n else ""),
+        reference=config.ref if source is None else described(source),
+        count=count,
+        checkpoint=made_by.checkpoint if made_by else None,
+        seed=made_by.seed if made_by else None,
+    )
     return feature_records(
         [name for name in FID_METRICS if name in metrics],
-        Subject(samples.name, config.ref, count, checkpoint_of(samples)),
+        subject,
         protocol,
         reasons,
         real,

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from eval import codebook
 from eval.codebook import CodebookCounts
 from eval.config import CODEBOOK_METRICS, RECONSTRUCTION_METRICS, RFID_METRICS, RfidConfig, command
 from eval.features.inception import INCEPTION_PROTOCOL
@@ -36,17 +37,16 @@ from eval.reconstruct import discard, reconstruct
 from eval.results import Record
 from eval.shards import MediaShards
 from eval.source import Batch
-from eval.weights import WeightsUnavailable
+from eval.weights import ALEXNET, INCEPTION, WeightsUnavailable, given_file
 
 PROTOCOLS: dict[str, Details] = {
     "psnr": {"name": "ours", "preprocessing": "uint8 RGB, per picture, then averaged"},
     "ssim": {"name": "ours", "preprocessing": "uint8 RGB, 11x11 Gaussian window, sigma 1.5"},
     "ssim_uniform7": {"name": "ours", "preprocessing": "uint8 RGB, 7x7 uniform window"},
     "lpips_alex": {"name": "ours"},
-    "codebook_usage": {"name": "ours"},
-    "codebook_perplexity": {"name": "ours"},
+    **dict.fromkeys(CODEBOOK_METRICS, codebook.PROTOCOL),
 }
-UNITS = {"psnr": "dB"}
+UNITS = {"psnr": "dB"} | codebook.UNITS
 SMALLEST = {"ssim": 11, "ssim_uniform7": 7, "lpips_alex": MIN_SIZE}  # pixels, shorter side
 
 
@@ -148,6 +148,8 @@ def open_pairs(folder: Path, field: str) -> MediaShards:
     source = open_media(str(folder), field)
     if not isinstance(source, MediaShards):
         raise ValueError(f"pairs={folder}: holds no pair media shards")
+    if "codebook_bits" not in source.manifest:
+        raise ValueError(f"pairs={folder}: manifest.json has no 'codebook_bits'")
     return source
 
 
@@ -158,6 +160,8 @@ def make_records(
     metrics = [name for name in RFID_METRICS if name in (config.metrics or RFID_METRICS)]
     source = manifest["source"]
     words = [source["name"], source.get("split"), "x".join(map(str, manifest["resolution"]))]
+    if "digest" in source:  # of keys and classes: tells folders of the same kind apart
+        words.append(source["digest"].removeprefix("sha256:")[:8])
     name = " ".join(word for word in words if word)
     subject = Subject(
         data=f"reconstructions of {name}",
@@ -169,19 +173,20 @@ def make_records(
 
     def compute(metric: str) -> tuple[float, Details]:
         if metric in CODEBOOK_METRICS:
-            codebook = use()
-            assert codebook is not None
-            value = codebook.usage if metric == "codebook_usage" else codebook.perplexity
-            return value, {"codes": codebook.num_codes, "tokens": codebook.tokens}
+            measured_use = use()
+            assert measured_use is not None
+            usage = metric == "codebook_usage"
+            return measured_use.usage if usage else measured_use.perplexity, measured_use.facts()
         return state.means[metric].compute(), {}
 
     protocols = PROTOCOLS | ({"lpips_alex": meter.lpips.protocol} if meter.lpips else {})
+    left_out = skipped(manifest)
     records = [
         measured(
             metric,
             UNITS.get(metric),
             subject,
-            protocols[metric],
+            protocols[metric] | left_out,
             meter.reasons,
             functools.partial(compute, metric),
         )
@@ -191,7 +196,7 @@ def make_records(
     records += feature_records(
         metrics,
         subject,
-        meter.extractor.protocol if meter.extractor else INCEPTION_PROTOCOL,
+        (meter.extractor.protocol if meter.extractor else INCEPTION_PROTOCOL) | left_out,
         meter.reasons,
         state.real,
         state.generated,
@@ -201,17 +206,34 @@ def make_records(
     return sorted(records, key=lambda record: RFID_METRICS.index(record.metric))
 
 
+def skipped(manifest: dict[str, Any]) -> Details:
+    """Return what the records say of inputs that were left out, nothing where all were used."""
+    found = manifest.get("skipped") or {}
+    return {"skipped": found} if found.get("count") else {}
+
+
+def check_weights(config: RfidConfig) -> None:
+    """Raise FileNotFoundError for weights that were given, before hours of reconstruction."""
+    for public, path in ((INCEPTION, config.weights), (ALEXNET, config.lpips_weights)):
+        if path is not None:
+            given_file(public, path)
+
+
 @command("rfid", RfidConfig)
 def main(config: RfidConfig) -> None:
     """Reconstruct where there are no pairs yet, measure, write the results, tidy up."""
     start = time.perf_counter()
     accelerator = start_processes()
+    check_weights(config)
     folder = reconstruct(config, accelerator) if config.pairs is None else Path(config.pairs)
     accelerator.print(f"pairs: {folder}")
     records = measure(config, folder, accelerator)
     missing = publish("rfid", config, records, time.perf_counter() - start, accelerator)
-    if config.pairs is None and not config.keep and accelerator.is_main_process:
-        discard(folder)
+    if config.pairs is None and not config.keep:
+        if missing:  # what was asked for is still to be measured
+            accelerator.print(f"kept for the next run: {folder}")
+        elif accelerator.is_main_process:
+            discard(folder)
     finish(missing, accelerator)
 
 

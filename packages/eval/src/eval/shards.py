@@ -20,7 +20,10 @@ INDEX_FORMAT = "omv2-index-shards"
 MEDIA_FORMAT = "omv2-media-shards"
 # What a manifest must say for us to read the shards.
 REQUIRED = {
-    INDEX_FORMAT: {"codebook_bits", "num_samples", "class_names", "shards"},
+    INDEX_FORMAT: {
+        *("codebook_bits", "views", "num_samples", "class_names", "shards"),
+        *("tokenizer", "source"),
+    },
     MEDIA_FORMAT: {
         *("kind", "encoding", "resolution", "num_samples", "class_names", "shards"),
         *("tokenizer", "source"),
@@ -56,6 +59,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{file}: {file.stat().st_size} bytes; the manifest says {shard['size']}"
             )
     return manifest
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The model that made the samples of a folder of shards."""
+
+    checkpoint: dict[str, Any]  # {"id", "digest"}
+    seed: int | None  # of sampling; None where nothing was drawn at random
+
+
+def maker(manifest: dict[str, Any]) -> Maker:
+    """Return who made shards: the model that generated them, else the tokenizer.
+
+    Pictures that were decoded from tokens carry the `source` of these tokens inside their own.
+    """
+    source: dict[str, Any] = manifest["source"]
+    while "checkpoint" not in source and isinstance(source.get("tokens"), dict):
+        source = source["tokens"].get("source") or {}
+    return Maker(source.get("checkpoint") or manifest["tokenizer"], source.get("seed"))
 
 
 class IndexShards:
@@ -267,6 +289,8 @@ def _scan(path: Path) -> list[_Sample]:
                 sample = samples.setdefault(
                     folder + slash + stem, _Sample(path, folder + slash + stem, {})
                 )
+                if dot + extension in sample.members:
+                    raise ValueError(f"{path}: holds {member.name} more than once")
                 sample.members[dot + extension] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: cannot be read as a tar file ({error})") from None

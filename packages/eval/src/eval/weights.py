@@ -5,6 +5,7 @@ Looked for in this order: the path the user gives; the cache folder ($OMV2_CACHE
 """
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -71,9 +72,7 @@ def load_weights(public: PublicFile, path: str | None, accelerator: Accelerator)
     FileNotFoundError or ValueError if a file that was given is missing or cannot be read.
     """
     if path is not None:
-        given = Path(path).expanduser()
-        if not given.is_file():
-            raise FileNotFoundError(f"{public.option}={path}: no such file")
+        given = given_file(public, path)
         digest = file_sha256(given)
         return Weights(_read(given, public.option), f"sha256:{digest}", digest == public.sha256)
     found, failure = None, None
@@ -86,6 +85,14 @@ def load_weights(public: PublicFile, path: str | None, accelerator: Accelerator)
     if failures or found is None:
         raise WeightsUnavailable(failures[0])
     return Weights(_read(found, public.option), f"sha256:{public.sha256}", official=True)
+
+
+def given_file(public: PublicFile, path: str) -> Path:
+    """Return the file that the user gave for `public`; raise FileNotFoundError if it is absent."""
+    given = Path(path).expanduser()
+    if not given.is_file():
+        raise FileNotFoundError(f"{public.option}={path}: no such file")
+    return given
 
 
 def file_sha256(path: Path) -> str:
@@ -125,7 +132,8 @@ def _download(public: PublicFile) -> Path:
         if file_sha256(temporary) != public.sha256:
             raise OSError("the downloaded bytes have another sha256 than the published file")
         os.replace(temporary, target)
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+    # URLError and timeouts are OSErrors.
+    except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         raise WeightsUnavailable(
             f"no weights: {public.file} is not in {target.parent} and could not be downloaded "
