@@ -59,9 +59,7 @@ def main(config: TrainConfig) -> None:
     total_steps = config.total_steps(len(dataset))
 
     # The model, or what the last run left of it.
-    with (
-        accelerator.main_process_first()
-    ):  # which downloads weights that the others find in the cache
+    with accelerator.main_process_first():  # it downloads what the others find in the cache
         perceptual = perceptual_loss(config.loss)
     objective = GeneratorObjective(config.loss, perceptual).to(accelerator.device)
     state = TrainingState.build(config, accelerator.device)
