@@ -25,6 +25,7 @@ from eval.page.charts import MAX_POINTS, Axis, Series, line_chart, linear_ticks
 from eval.page.curves import group_charts, read_run
 from eval.page.gallery import choose_samples, rank_pairs
 from eval.page.markup import element, number
+from eval.page.sections import headline, words
 from eval.report import write_report
 from eval.results import Record, write_results
 
@@ -252,6 +253,21 @@ def test_table_shows_values_reasons_and_checkpoints(inputs: SimpleNamespace) -> 
         assert shown in page.text
     assert f"no weights {EVIL}" in page.text
     assert "Copy" in page.text and "python -m eval.rfid" in page.text
+
+
+def test_a_large_figure_says_when_it_is_one_of_several() -> None:
+    base = {"metric": "psnr", "unit": "dB", "data": "digits <val>"}
+    records = [base | {"value": value} for value in (30.0, None, 20.0)]
+    markup = headline(records)
+    assert markup is not None and "30 dB" in markup and "20 dB" not in markup
+    assert "higher is better; first of 2 results" in markup
+    assert 'title="digits &lt;val&gt;"' in markup
+    assert "first of" not in (headline(records[:2]) or "")
+
+
+def test_facts_are_words() -> None:
+    assert words(["center", 2]) == "center, 2"
+    assert words({"count": 2, "reasons": {"cut": 2}, "examples": []}) == "count: 2, reasons: cut: 2"
 
 
 def test_results_json_is_a_flat_list_of_all_records(inputs: SimpleNamespace) -> None:

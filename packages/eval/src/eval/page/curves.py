@@ -10,7 +10,11 @@ from eval.page.charts import Series, line_chart
 from eval.page.markup import Html, element, number
 
 # Not curves of learning: schedules, counters, clocks and memory.
-SKIPPED = re.compile(r"step|epoch|lr|skipped|data_wait|.*per_s(ec(ond)?)?|.*_s(econds)?|.*memory.*")
+SKIPPED = re.compile(
+    r"step|epoch|lr|skipped.*|data_wait|.*per_s(ec(ond)?)?|.*_s(econds)?|.*memory.*"
+)
+    r"step|epoch|lr|skipped.*|data_wait|.*per_s(ec(ond)?)?|.*_s(econds)?|.*memory.*"
+)
 QUALITY = re.compile(r".*(psnr|ssim|accuracy|usage|perplexity|fid)")
 VALIDATION = "val_"
 

@@ -43,19 +43,18 @@ class Section:
 
 def headline(records: Sequence[dict[str, Any]]) -> Html | None:
     """Return the most telling figures as large numbers, or None if there are none."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["metric"] in HEADLINE and record["value"] is not None:
-            found.setdefault(record["metric"], record)
-    tiles = [
-        element(
-            "div",
-            element("dt", title),
-            element("dd", large_value(found[name]), element("small", f"{better} is better")),
-        )
-        for name, (title, better) in HEADLINE.items()
-        if name in found
-    ]
+            found.setdefault(record["metric"], []).append(record)
+    tiles = []
+    for name, (title, better) in HEADLINE.items():
+        if name not in found:
+            continue
+        first, *others = found[name]
+        note = f"{better} is better" + (f"; first of {len(others) + 1} results" if others else "")
+        figures = element("dd", large_value(first), element("small", note))
+        tiles.append(element("div", element("dt", title), figures, title=text_of(first, "data")))
     return element("dl", tiles[:HEADLINE_COUNT], class_="tiles") if tiles else None
 
 
@@ -177,8 +176,15 @@ def protocol_facts(protocol: dict[str, Any]) -> Child:
 
 def facts(values: dict[str, Any]) -> Html:
     """Return names and values as a description list."""
-    items = [[element("dt", str(key)), element("dd", str(v))] for key, v in values.items()]
+    items = [[element("dt", str(key)), element("dd", words(v))] for key, v in values.items()]
     return element("dl", items, class_="facts")
+
+
+def words(value: object) -> str:
+    """Return a fact of a protocol for reading: lists and tables without Python's brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {words(inner)}" for key, inner in value.items() if inner)
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
 
 def pairs_section(pairs: Pairs) -> Section:
