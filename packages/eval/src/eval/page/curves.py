@@ -13,8 +13,6 @@ from eval.page.markup import Html, element, number
 SKIPPED = re.compile(
     r"step|epoch|lr|skipped.*|data_wait|.*per_s(ec(ond)?)?|.*_s(econds)?|.*memory.*"
 )
-    r"step|epoch|lr|skipped.*|data_wait|.*per_s(ec(ond)?)?|.*_s(econds)?|.*memory.*"
-)
 QUALITY = re.compile(r".*(psnr|ssim|accuracy|usage|perplexity|fid)")
 VALIDATION = "val_"
 
