@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -282,9 +283,13 @@ def start_tracker(config: TrainConfig, accelerator: Accelerator, run_id: str) ->
     if config.tracking == "none":
         return
     options = {"name": Path(config.out).name, "id": run_id, "resume": "allow", "dir": config.out}
-    accelerator.init_trackers(
-        config.tracking_project, dataclasses.asdict(config), init_kwargs={config.tracking: options}
-    )
+    settings = dataclasses.asdict(config)
+    try:
+        accelerator.init_trackers(config.tracking_project, settings, {config.tracking: options})
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"tracking=wandb: {error} (or set WANDB_MODE=offline, or tracking=none)"
+        ) from None
 
 
 if __name__ == "__main__":

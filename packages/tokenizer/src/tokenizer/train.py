@@ -9,6 +9,7 @@ weights), `checkpoints/` to resume from, `metrics.jsonl` and `previews/` (docs/a
 
 import json
 import math
+import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ def main(config: TrainConfig) -> None:
         f"of {config.data.name} ({config.data.split}), steps {step} to {total_steps} of "
         f"{config.global_batch} images, into {config.out}"
     )
-    start_trackers(config, accelerator)
+    start_trackers(config, folder, accelerator)
     model = accelerator.prepare_model(state.tokenizer)
     judge = accelerator.prepare_model(state.adversary.discriminator) if state.adversary else None
 
@@ -330,12 +332,21 @@ def write_config(config: TrainConfig, folder: RunFolder) -> None:
     (folder.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Start the tracker of `config.tracking`, if any."""
-    if config.tracking != "none":
-        accelerator.init_trackers(
-            "omv2-tokenizer", asdict(config), {"wandb": {"name": config.run_name}}
-        )
+def start_trackers(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Start the tracker of `config.tracking`, if any; a resumed run continues in its old place."""
+    if config.tracking == "none" or not accelerator.is_main_process:
+        return
+    identity = folder.path / "tracker_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8])
+    place = {"id": identity.read_text(), "resume": "allow", "dir": config.out}
+    options = {"wandb": {"name": config.run_name} | place}
+    try:
+        accelerator.init_trackers("omv2-tokenizer", asdict(config), options)
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"tracking=wandb: {error} (or set WANDB_MODE=offline, or tracking=none)"
+        ) from None
 
 
 def synchronised(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager:
