@@ -17,7 +17,8 @@ RECIPE ?= $(if $(filter imagenet,$(DATA)),imagenet_256,small)
 CKPT ?= outputs/tokenizer/$(DATA)
 TOKENS ?= outputs/tokens/$(DATA)/train
 MODEL ?= b
-AR ?= outputs/ar/$(MODEL)
+AR_CKPT ?= outputs/ar/$(MODEL)
+SAMPLING ?= $(if $(filter b l xl,$(MODEL)),+sampling=$(MODEL))
 RUN ?= outputs/eval/$(notdir $(CKPT))
 ARGS ?=
 
@@ -30,7 +31,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 	@echo
 	@echo 'variables: DATA=digits|folder|imagenet|webdataset DATA_ROOT=FOLDER SPLIT=train|val CKPT=TOKENIZER'
-	@echo '           TOKENS=SHARDS MODEL=tiny|b|l|xl AR=AR_RUN RUN=RESULTS ARGS="key=value ..." TORCH="..."'
+	@echo '           TOKENS=SHARDS MODEL=tiny|b|l|xl AR_CKPT=AR_RUN RUN=RESULTS ARGS="key=value ..." TORCH="..."'
 
 .PHONY: setup
 setup: $(READY)  ## make .venv: PyTorch, the three packages (editable) and the development tools
@@ -73,12 +74,12 @@ tokenize: setup  ## turn images into index shards: DATA, DATA_ROOT, SPLIT, CKPT
 
 .PHONY: train-ar
 train-ar: setup  ## train the auto-regressive model on index shards: MODEL, TOKENS
-	$(VENV)/bin/accelerate launch --quiet -m ar.train +model=$(MODEL) data.shards=$(TOKENS) out=$(AR) $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m ar.train +model=$(MODEL) data.shards=$(TOKENS) out=$(AR_CKPT) $(ARGS)
 
 .PHONY: sample
-sample: setup  ## sample from AR and decode with CKPT into outputs/samples
-	$(VENV)/bin/accelerate launch --quiet -m ar.sample ckpt=$(AR) out=outputs/samples/$(notdir $(AR))/tokens $(ARGS)
-	$(VENV)/bin/accelerate launch --quiet -m tokenizer.decode tokens=outputs/samples/$(notdir $(AR))/tokens ckpt=$(CKPT) out=outputs/samples/$(notdir $(AR))/images format=folder
+sample: setup  ## sample from AR_CKPT and decode with CKPT into outputs/samples
+	$(VENV)/bin/accelerate launch --quiet -m ar.sample $(SAMPLING) ckpt=$(AR_CKPT) out=outputs/samples/$(notdir $(AR_CKPT))/tokens $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m tokenizer.decode tokens=outputs/samples/$(notdir $(AR_CKPT))/tokens ckpt=$(CKPT) out=outputs/samples/$(notdir $(AR_CKPT))/images format=folder
 
 .PHONY: eval
 eval: setup  ## measure the reconstructions of CKPT: DATA, DATA_ROOT, RUN

@@ -36,7 +36,7 @@ def test_make_lists_every_target() -> None:
         ("tokenize", "tokenizer.encode ckpt=outputs/tokenizer/imagenet data=imagenet"),
         ("train-tokenizer", "tokenizer.train recipe=imagenet_256 data=imagenet"),
         ("train-ar", "ar.train +model=b data.shards=outputs/tokens/imagenet/train"),
-        ("sample", "ar.sample ckpt=outputs/ar/b"),
+        ("sample", "ar.sample +sampling=b ckpt=outputs/ar/b out=outputs/samples/b/tokens"),
         ("eval", "eval.rfid ckpt=outputs/tokenizer/imagenet data=imagenet"),
         ("report", "eval.report run=outputs/eval/imagenet"),
     ],
