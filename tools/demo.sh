@@ -14,7 +14,8 @@ OUT=${OUT:-outputs/demo}
 if [[ -n "${DATA_ROOT:-}" ]]; then
     [[ -d "$DATA_ROOT" ]] || { echo "error: DATA_ROOT=$DATA_ROOT: no such folder" >&2; exit 1; }
     DATA=(data=folder "data.root='$DATA_ROOT'" data.resolution=32)
-    [[ "$OUT" != outputs/demo ]] || OUT=outputs/demo-$(basename "$DATA_ROOT")
+    name=$(basename "$DATA_ROOT" | tr -c 'A-Za-z0-9._\n-' _) # no letter that Hydra would read
+    [[ "$OUT" != outputs/demo ]] || OUT=outputs/demo-$name
 fi
 
 stage=0
