@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ar.config import SamplingConfig
+from ar.config import ModelConfig, SamplingConfig, resolve_model
 from ar.model import AR
 from ar.sampler import Decoder, sample
 
@@ -107,3 +107,9 @@ def test_bf16_weights_sample_with_exact_positions(make_model: Callable[..., AR])
     assert model.rotary.dtype == torch.float32
     tokens = sample(model, torch.tensor([0, 1]), torch.arange(2), SamplingConfig(), seed=0)
     assert tokens.shape == (2, 16) and tokens.min() >= 0 and tokens.max() < 64
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    config = resolve_model(ModelConfig(dim=32, num_heads=2, num_layers=1), 6, (2, 2), 2)
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        sample(AR(config).train(), torch.tensor([0]), torch.tensor([0]), SamplingConfig(), seed=0)

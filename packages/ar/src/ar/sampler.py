@@ -55,7 +55,12 @@ def sample(
 
     Args: labels_B: int64 class ids, -1 for unconditional. ids_B: int64 names of the images: the
         same (seed, id, label) gives the same image in any batch.
+
+    Raises:
+        ValueError: the model is in training mode, where dropout would disturb every token.
     """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before sampling")
     device = model.norm.weight.device
     labels_B, ids_B = labels_B.to(device), ids_B.to(device)
     rows = len(labels_B)

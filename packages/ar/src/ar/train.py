@@ -56,6 +56,7 @@ def train(config: TrainConfig, stop: parallel.StopRequest) -> None:
     free = memory.free_bytes(device, parallel.local_processes(accelerator))
     bf16 = accelerator.mixed_precision == "bf16"
     memory.check(model_config, config.micro_batch, config.ema_decay > 0, bf16, free)
+    accelerator.wait_for_everyone()  # a late process must not count the memory of early ones
     shards = open_shards(config)
     validation = open_validation(config.data, shards)
     if config.data.verify:
