@@ -52,6 +52,12 @@ def test_what_a_kill_left_undone_is_done_by_the_next_start(tmp_path: Path) -> No
             published.write_bytes(b"half")
 
 
+def test_published_weights_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    save(RunFolder(tmp_path), 5)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_the_same_weights_have_the_same_bytes(tmp_path: Path) -> None:
     contents = set()
     for number in range(8):  # the library orders the metadata at random

@@ -75,6 +75,9 @@ def test_saved_and_loaded_tokenizers_are_equal(tokenizer: Tokenizer, tmp_path: P
     assert not loaded.training
     assert loaded.digest.startswith("sha256:") and len(loaded.digest) == 71
     assert not list(tmp_path.glob("*.tmp"))
+    # Readable by whom other new files are readable by.
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_weights_that_do_not_fit_exactly_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -44,7 +44,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], step: int) -> None:
     The facts are one entry of metadata: the library orders several at random.
     """
     facts = {"format": FORMAT, "version": VERSION, "step": step}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors lets only the owner read
     save_file(tensors, path, metadata={"omv2": json.dumps(facts)})
+    path.chmod(mode)
 
 
 def write_weights(path: Path, weights: dict[str, Any], step: int) -> None:

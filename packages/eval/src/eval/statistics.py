@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 FORMAT = "omv2-statistics"
 VERSION = 1
@@ -139,7 +139,7 @@ def save_statistics(path: Path, moments: Moments, provenance: Provenance) -> Non
     metadata = {"format": FORMAT, "version": str(VERSION), **vars(provenance)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
+    temporary.write_bytes(save(tensors, metadata=metadata))
     os.replace(temporary, path)
 
 

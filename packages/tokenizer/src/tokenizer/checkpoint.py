@@ -108,7 +108,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str
     """
     temporary = path.with_name(path.name + ".tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; safetensors lets only the owner read
     save_file(plain, temporary, {"omv2": json.dumps(facts)})
+    temporary.chmod(mode)
     _publish(temporary, path)
 
 
