@@ -65,7 +65,7 @@ format: setup  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
 
 .PHONY: train-tokenizer
-train-tokenizer: setup  ## train a tokenizer: DATA, DATA_ROOT, RECIPE=small|imagenet_128|imagenet_256
+train-tokenizer: setup  ## train a tokenizer: DATA, DATA_ROOT, RECIPE=small|imagenet_128|imagenet_256|web_...
 	$(VENV)/bin/accelerate launch --quiet -m tokenizer.train recipe=$(RECIPE) data=$(DATA) $(ROOT) out=$(CKPT) $(ARGS)
 
 .PHONY: tokenize

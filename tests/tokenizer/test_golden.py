@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.autoencoder import Reconstruction, Tokenizer
 from tokenizer.config import LossConfig, ModelConfig
-from tokenizer.discriminator import LeCam, PatchGAN, generator_loss, hinge_loss
+from tokenizer.discriminator import BlurDiscriminator, LeCam, PatchGAN, generator_loss, hinge_loss
 from tokenizer.entropy import lfq_entropy
 from tokenizer.losses import GeneratorObjective
 from tokenizer.quantizer import codes_to_indices, commitment_loss
@@ -31,7 +31,7 @@ def seeded(model: nn.Module, prefix: str = "") -> nn.Module:
     for name, tensor in state.items():
         key = prefix + name
         if not tensor.is_floating_point() or key.endswith(
-            ("running_mean", "running_var", "shift", "scale")
+            ("running_mean", "running_var", "shift", "scale", ".kernel")
         ):
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -115,6 +115,17 @@ def test_discriminator_and_gan_losses_equal_the_original(discriminator: nn.Modul
     assert lecam(real, fake).item() == pytest.approx(golden["lecam_after_one_update"], rel=1e-5)
     assert lecam.real.item() == pytest.approx(golden["ema_real"], rel=1e-4)
     assert lecam.fake.item() == pytest.approx(golden["ema_fake"], rel=1e-4)
+
+
+def test_blur_discriminator_equals_the_original() -> None:
+    discriminator = BlurDiscriminator()
+    kernel = discriminator.blocks[0][1].kernel
+    assert kernel.flatten().tolist() == GOLDEN["blur_kernel"]
+    assert sum(p.numel() for p in discriminator.parameters()) == 1_909_889
+    seeded(discriminator).eval()
+    with torch.no_grad():
+        logits = discriminator(seeded_input("image256", 2, 3, 64, 96))
+    assert_matches(logits, GOLDEN["blur_discriminator"])
 
 
 def test_entropy_and_commitment_equal_the_original() -> None:

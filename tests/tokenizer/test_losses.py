@@ -8,7 +8,7 @@ import torch
 
 from tokenizer.autoencoder import Reconstruction
 from tokenizer.config import LossConfig, OptimConfig
-from tokenizer.discriminator import LeCam, PatchGAN
+from tokenizer.discriminator import Blur, LeCam, PatchGAN
 from tokenizer.losses import GeneratorObjective, entropy_weight, perceptual_loss
 from tokenizer.schedule import lr_scheduler
 
@@ -168,3 +168,13 @@ def test_learning_rate_follows_a_cosine_after_the_warm_up() -> None:
 
 def test_a_constant_learning_rate_stays() -> None:
     assert rates(OptimConfig(lr=1.0, warmup_steps=2), [1, 2, 999], 1000) == [0.5, 1.0, 1.0]
+
+
+def test_the_blur_halves_any_side_and_keeps_a_flat_picture() -> None:
+    out = Blur()(torch.ones(1, 3, 9, 12))
+    assert out.shape == (1, 3, 5, 6)
+    assert out[:, :, 1:-1, 1:-1] == pytest.approx(1.0)  # away from the zeros of the padding
+    # One bright pixel spreads by the taps 1 3 3 1, of which every second is kept.
+    spot = torch.zeros(1, 1, 8, 8)
+    spot[0, 0, 4, 4] = 64.0
+    assert Blur()(spot)[0, 0, 1:4, 1:4].tolist() == [[1, 3, 0], [3, 9, 0], [0, 0, 0]]

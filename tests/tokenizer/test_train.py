@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
@@ -17,6 +19,7 @@ from tokenizer.config import CONF_DIR, TrainConfig, validated
 from tokenizer.data import open_dataset
 from tokenizer.run_folder import RunFolder, changed_settings
 from tokenizer.train import check_discriminator, settings
+from tokenizer.training_state import TrainingState
 
 TINY = [
     "data.num_workers=0",
@@ -253,13 +256,21 @@ def test_a_wrong_option_is_named_in_one_line(override: str, message: str) -> Non
     assert text.startswith("error: ") and message in text and "\n" not in text
 
 
-@pytest.mark.parametrize("recipe", ["small", "imagenet_128", "imagenet_256"])
+@pytest.mark.parametrize(
+    "recipe", ["small", "imagenet_128", "imagenet_256", "web_262144", "web_16384"]
+)
 def test_every_recipe_composes(recipe: str) -> None:
     config = composed(f"recipe={recipe}", "steps=1", "epochs=null")
     assert config.accumulation(processes=1) * config.micro_batch == config.global_batch
     published = {"imagenet_128": ([1, 2, 2, 4], 0.01), "imagenet_256": ([1, 1, 2, 2, 4], 0.05)}
     if recipe in published:
         assert (config.model.multipliers, config.loss.lecam_weight) == published[recipe]
+    if recipe != "small":  # Section 3 of the paper and its code: what all published models share
+        loss = config.loss
+        assert (loss.l1_weight, loss.perceptual_weight, loss.adversarial_weight) == (1, 1, 0.1)
+        assert (loss.entropy_weight, loss.commitment_weight) == (0.1, 0.25)
+        assert (config.optim.lr, config.optim.betas) == (1e-4, [0.5, 0.9])
+        assert (config.global_batch, config.ema_decay) == (256, 0.999)
 
 
 def test_batch_sizes_must_fit_the_processes() -> None:
@@ -283,6 +294,28 @@ def test_other_data_changes_the_settings_and_another_place_does_not() -> None:
     assert changed_settings(before, settings(config, train_set)) == []
     (line,) = changed_settings(before, settings(config, val_set))
     assert line.startswith("data.digest (was 'sha256:")
+
+
+@pytest.mark.parametrize("discriminator", ["patchgan", "blur"])
+def test_all_training_state_survives_saving(discriminator: str, tmp_path: Path) -> None:
+    options = ["loss.adversarial_weight=0.1", f"loss.discriminator={discriminator}"]
+    config = composed(*options, "loss.discriminator_channels=32", "loss.discriminator_layers=1")
+    state = TrainingState.build(config, torch.device("cpu"))
+    assert state.adversary is not None
+    parameters = [*state.tokenizer.parameters(), *state.adversary.discriminator.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    state.adversary.optimizer.step()
+    state.adversary.lecam.update(torch.tensor(1.0), torch.tensor(-1.0))
+    RunFolder(tmp_path).save(1, {}, state.tensors(), keep_last=1)
+
+    other = TrainingState.build(replace(config, seed=1), torch.device("cpu"))
+    other.load(RunFolder(tmp_path).load(1).state)
+    for name, tensors in state.tensors().items():
+        restored = other.tensors()[name]
+        assert tensors.keys() == restored.keys()
+        assert all(torch.equal(tensor, restored[key]) for key, tensor in tensors.items())
 
 
 def test_changed_settings_are_found_at_any_depth() -> None:

@@ -148,8 +148,9 @@ class LossConfig:
     )
     adversarial_weight: float = 0.1  # generator's share; 0 trains without a discriminator
     adversarial_start_step: int = 0  # first step at which the discriminator counts
-    discriminator_channels: int = 64  # width of the first PatchGAN layer
-    discriminator_layers: int = 3  # PatchGAN layers between the first and the last
+    discriminator: str = "patchgan"  # patchgan, or blur as for the published 2^14 web tokenizer
+    discriminator_channels: int = 64  # width of its first layer; published: patchgan 64, blur 128
+    discriminator_layers: int = 3  # layers between the first and the last
     lecam_weight: float = (
         0.05  # LeCAM regulariser of the discriminator; the 128-pixel model has 0.01
     )
@@ -171,6 +172,18 @@ class LossConfig:
         for name, value in vars(self).items():
             if name.endswith("_weight") and value < 0:
                 raise ValueError(f"loss.{name}={value}: must be 0 or more")
+        if self.discriminator not in ("patchgan", "blur"):
+            raise ValueError(f"loss.discriminator={self.discriminator}: allowed are patchgan, blur")
+        if self.discriminator == "blur" and self.discriminator_channels % 32:
+            raise ValueError(
+                f"loss.discriminator_channels={self.discriminator_channels}: "
+                "must be a multiple of 32 for loss.discriminator=blur"
+            )
+        if self.discriminator_layers < 1 or self.discriminator_channels < 1:
+            raise ValueError(
+                f"loss.discriminator_layers={self.discriminator_layers}, "
+                f"discriminator_channels={self.discriminator_channels}: must be 1 or more"
+            )
         if self.entropy_temperature <= 0:
             raise ValueError(
                 f"loss.entropy_temperature={self.entropy_temperature}: must be above 0"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tokenizer import checkpoint
 from tokenizer.config import TrainConfig, command
 from tokenizer.data import Dataset, open_dataset, training_batches
-from tokenizer.discriminator import PatchGAN, hinge_loss
+from tokenizer.discriminator import build_discriminator, hinge_loss
 from tokenizer.losses import GeneratorObjective, perceptual_loss
 from tokenizer.meters import Clock, add_parts, mean_over_processes, sum_over_processes
 from tokenizer.pixels import to_float
@@ -219,9 +219,7 @@ def check_discriminator(config: TrainConfig) -> None:
     """Raise ValueError if the discriminator's receptive field does not fit the images."""
     if not config.loss.adversarial_weight:
         return
-    smallest = PatchGAN(
-        config.loss.discriminator_channels, config.loss.discriminator_layers
-    ).min_size()
+    smallest = build_discriminator(config.loss).min_size()
     if config.data.resolution < smallest:
         raise ValueError(
             f"loss.discriminator_layers={config.loss.discriminator_layers}: needs images of at "

@@ -9,7 +9,12 @@ from torch.optim import Adam, Optimizer
 
 from tokenizer.autoencoder import Tokenizer
 from tokenizer.config import TrainConfig
-from tokenizer.discriminator import LeCam, PatchGAN
+from tokenizer.discriminator import (
+    BlurDiscriminator,
+    LeCam,
+    PatchGAN,
+    build_discriminator,
+)
 from tokenizer.run_folder import State
 
 
@@ -17,7 +22,7 @@ from tokenizer.run_folder import State
 class Adversary:
     """The discriminator's side of the training."""
 
-    discriminator: PatchGAN
+    discriminator: PatchGAN | BlurDiscriminator
     lecam: LeCam
     optimizer: Adam
 
@@ -39,9 +44,7 @@ class TrainingState:
         adversary = None
         if config.loss.adversarial_weight:
             loss = config.loss
-            discriminator = PatchGAN(loss.discriminator_channels, loss.discriminator_layers).to(
-                device
-            )
+            discriminator = build_discriminator(loss).to(device)
             adversary = Adversary(discriminator, LeCam().to(device), _adam(discriminator, config))
         ema = ModelEmaV3(tokenizer, decay=config.ema_decay, foreach=True)
         return cls(tokenizer, ema, _adam(tokenizer, config), adversary)
