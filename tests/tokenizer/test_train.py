@@ -45,7 +45,8 @@ RATES = ("images_per_s", "data_wait")
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launcher = ["-m", "tokenizer.train"]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launcher]
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = ["-m", *torchrun, *launcher]
     return [sys.executable, *launcher, *TINY, *arguments]
 
 
