@@ -5,6 +5,7 @@ The discriminator's side is in discriminator.py; the entropy in entropy.py. Pixe
 1].
 """
 
+import warnings
 from dataclasses import dataclass
 from pickle import UnpicklingError
 
@@ -87,7 +88,9 @@ def perceptual_loss(config: LossConfig) -> nn.Module | None:
     import lpips  # imported here: most commands never need it
 
     backbone = _vgg16_state(config.perceptual_backbone)
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():  # of torchvision, about how lpips calls it
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     # lpips cuts torchvision's `features` into five slices and keeps the layer numbers.
     sources = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
     try:
