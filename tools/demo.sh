@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline, small enough for a laptop: pixels -> tokens -> model -> tokens -> pixels -> report.
 #
-#   make demo                     built-in handwritten digits; about 6 minutes on 2 CPU cores
+#   make demo                     built-in handwritten digits; about 5 minutes on 2 CPU cores
 #   make demo DATA_ROOT=FOLDER    the same on your own folder of class folders
 #
 # Every command resumes or skips what is done, so running the demo again does nothing twice.
@@ -43,7 +43,7 @@ run 'images to tokens: held-out split' \
     tokenizer.encode ckpt="$OUT/tokenizer" "${DATA[@]}" data.split=val out="$OUT/tokens/val"
 run 'train the auto-regressive model on the tokens' \
     ar.train +model=tiny data.shards="$OUT/tokens/train" data.val_shards="$OUT/tokens/val" \
-    out="$OUT/ar" steps=600 val_every_steps=150 save_every_steps=150
+    out="$OUT/ar" steps=450 val_every_steps=150 save_every_steps=150
 run 'sample tokens of every class' \
     ar.sample ckpt="$OUT/ar" out="$OUT/samples/tokens" n_per_class=20 sampling.scale=[2.0,2.0]
 run 'tokens to images' \
