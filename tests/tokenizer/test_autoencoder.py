@@ -100,6 +100,14 @@ def test_another_format_or_version_is_refused_by_name(
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_named(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no tokenizer checkpoint"):
         Tokenizer.from_pretrained(tmp_path)

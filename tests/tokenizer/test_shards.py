@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from tokenizer.checkpoint import file_digest
+from tokenizer.files import file_digest
 from tokenizer.shards import (
     INDEX_FORMAT,
     IndexShards,

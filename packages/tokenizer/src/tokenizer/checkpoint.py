@@ -3,9 +3,7 @@
 docs/artifacts.md specifies it.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +12,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenizer.config import ModelConfig
+from tokenizer.files import (
+    file_digest,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 FORMAT = "omv2-tokenizer"
 VERSION = 1
@@ -53,17 +57,8 @@ def load(path_or_id: str | Path) -> Loaded:
             f"{folder} is no tokenizer checkpoint: it needs {CONFIG_FILE} and {WEIGHTS_FILE} "
             "(a training run writes them with its first checkpoint)"
         )
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: format is {config.get('format')!r}, expected {FORMAT!r}"
-        )
-    if config.get("version") != VERSION:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: version is {config.get('version')!r}, "
-            f"this program reads version {VERSION}"
-        )
-    return Loaded(config["model"], load_file(weights), str(path_or_id), file_digest(weights))
+    config = read_json(folder / CONFIG_FILE, FORMAT, VERSION)
+    return Loaded(config["model"], read_safetensors(weights), str(path_or_id), file_digest(weights))
 
 
 def saved_step(folder: Path) -> int | None:
@@ -86,37 +81,3 @@ def _resolve(path_or_id: str) -> Path:
             f"Hugging Face repository ({first_line}). Train one with "
             "`python -m tokenizer.train`, or set ckpt=FOLDER"
         ) from None
-
-
-def file_digest(path: Path) -> str:
-    """Return `sha256:...` of a file's content."""
-    with open(path, "rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, replacing `path` in one piece."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    _publish(temporary, path)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors, replacing `path` in one piece; the bytes depend on the arguments only.
-
-    `facts` become one entry of metadata: safetensors orders several at random.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask has it; safetensors lets only the owner read
-    save_file(plain, temporary, {"omv2": json.dumps(facts)})
-    temporary.chmod(mode)
-    _publish(temporary, path)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name once its content is on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -15,10 +15,9 @@ import torch
 
 from tokenizer.config import EncodeConfig, command
 from tokenizer.data import open_dataset, ordered_batches, parse_views
-from tokenizer.export import describe, grid_of, start, token_array
+from tokenizer.export import grid_of, source_fields, start, token_array
 from tokenizer.job import Job, Output
 from tokenizer.shards import (
-    BLOCK_SIZE,
     INDEX_FORMAT,
     MANIFEST_FILE,
     VERSION,
@@ -55,13 +54,8 @@ def main(config: EncodeConfig) -> None:
     request = {
         "format": INDEX_FORMAT,
         "version": VERSION,
-        **describe(tokenizer, config.precision),
-        "codebook_bits": tokenizer.config.bits,
-        "grid": grid,
+        **source_fields(tokenizer, dataset, config),
         "views": [view.to_json() for view in views],
-        "block_size": BLOCK_SIZE,
-        "class_names": dataset.class_names,
-        "source": {**dataset.describe(), "samples_per_shard": config.samples_per_shard},
     }
     job = Job(
         out, request, MANIFEST_FILE, num_items=len(dataset), part_size=config.samples_per_shard

@@ -1,6 +1,7 @@
 """What encode, decode and reconstruct share: the processes, the exact tokenizer, its sizes."""
 
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenizer.autoencoder import Tokenizer
+from tokenizer.config import EncodeConfig, ReconstructConfig
+from tokenizer.data import Dataset
+from tokenizer.shards import BLOCK_SIZE
 
 # A process that finishes its shards early waits for the others: the default is 10 minutes.
 _PATIENCE = timedelta(days=2)
@@ -36,6 +40,20 @@ def describe(tokenizer: Tokenizer, precision: str) -> dict:
     return {
         "tokenizer": {"id": tokenizer.id, "digest": tokenizer.digest},
         "precision": "fp32" if precision == "no" else precision,
+    }
+
+
+def source_fields(
+    tokenizer: Tokenizer, dataset: Dataset, config: EncodeConfig | ReconstructConfig
+) -> dict[str, Any]:
+    """Return the manifest fields of a data set that went through a tokenizer."""
+    return {
+        **describe(tokenizer, config.precision),
+        "codebook_bits": tokenizer.config.bits,
+        "grid": grid_of(tokenizer, config.data.resolution),
+        "block_size": BLOCK_SIZE,
+        "class_names": dataset.class_names,
+        "source": {**dataset.describe(), "samples_per_shard": config.samples_per_shard},
     }
 
 

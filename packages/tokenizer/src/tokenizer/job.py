@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tokenizer.checkpoint import write_json
 from tokenizer.data.source import Skipped
+from tokenizer.files import write_json
 from tokenizer.shards import Samples
 from tokenizer.stop import check_launcher
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from tokenizer.config import ReconstructConfig, command
 from tokenizer.data import CENTER, open_dataset, ordered_batches
-from tokenizer.export import channels_last, describe, grid_of, start, token_array
+from tokenizer.export import channels_last, grid_of, source_fields, start, token_array
 from tokenizer.job import Job, Output
 from tokenizer.shards import (
-    BLOCK_SIZE,
     MANIFEST_FILE,
     MEDIA_FORMAT,
     VERSION,
@@ -64,12 +63,7 @@ def main(config: ReconstructConfig) -> None:
         "kind": "pairs",
         "encoding": config.encoding,
         "resolution": [config.data.resolution] * 2,
-        **describe(tokenizer, config.precision),
-        "codebook_bits": tokenizer.config.bits,
-        "grid": grid,
-        "block_size": BLOCK_SIZE,
-        "class_names": dataset.class_names,
-        "source": {**dataset.describe(), "samples_per_shard": config.samples_per_shard},
+        **source_fields(tokenizer, dataset, config),
     }
     job = Job(
         out, request, MANIFEST_FILE, num_items=len(dataset), part_size=config.samples_per_shard

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenizer.checkpoint import write_json, write_safetensors
+from tokenizer.files import read_json, read_safetensors, write_json, write_safetensors
 
 FORMAT = "omv2-training-state"
 VERSION = 1
@@ -54,13 +53,8 @@ class RunFolder:
     def load(self, step: int) -> Resumed:
         """Read the state saved at `step`."""
         folder = self._step_folder(step)
-        run = json.loads((folder / RUN_FILE).read_text())
-        if run["format"] != FORMAT or run["version"] != VERSION:
-            raise ValueError(
-                f"{folder / RUN_FILE}: {run['format']} version {run['version']}, "
-                f"expected {FORMAT} version {VERSION}"
-            )
-        state = {Path(name).stem: load_file(folder / name) for name in run["files"]}
+        run = read_json(folder / RUN_FILE, FORMAT, VERSION)
+        state = {Path(name).stem: read_safetensors(folder / name) for name in run["files"]}
         return Resumed(step, run["settings"], state)
 
     def save(self, step: int, settings: dict[str, Any], state: State, keep_last: int) -> None:

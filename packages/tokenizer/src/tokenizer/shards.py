@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenizer.checkpoint import file_digest
+from tokenizer.files import file_digest, read_json
 
 INDEX_FORMAT = "omv2-index-shards"
 MEDIA_FORMAT = "omv2-media-shards"
@@ -177,15 +177,7 @@ def read_manifest(folder: Path, expected_format: str) -> dict[str, Any]:
             f"{path} is missing: the folder holds no shards, or the command that writes it has not "
             "finished; run that again"
         )
-    manifest = json.loads(path.read_text())
-    if manifest.get("format") != expected_format:
-        raise ValueError(
-            f"{path}: format is {manifest.get('format')!r}, expected {expected_format!r}"
-        )
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: version is {manifest.get('version')!r}, this program reads {VERSION}"
-        )
+    manifest = read_json(path, expected_format, VERSION)
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.is_file():

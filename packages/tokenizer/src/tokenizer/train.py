@@ -152,9 +152,12 @@ def main(config: TrainConfig) -> None:
 
         # Log, look, save.
         stopping = stop.agreed(accelerator, step)
-        last = stopping or step == total_steps
-        validating = last or step % config.validate_every == 0
-        if validating or step % config.log_every == 0:
+        # A batch system leaves some seconds between SIGTERM and its kill: they are for saving.
+        finished = step == total_steps
+        last = finished or stopping
+        validating = finished or (step % config.validate_every == 0 and not stopping)
+        previewing = finished or (step % config.preview_every == 0 and not stopping)
+        if last or validating or step % config.log_every == 0:
             record = mean_over_processes(parts, accelerator)
             if not math.isfinite(record["loss"]):
                 raise diverged(folder, step, f"the loss is {record['loss']}")
@@ -177,7 +180,7 @@ def main(config: TrainConfig) -> None:
             accelerator.log(record, step=step)
             if accelerator.is_main_process:
                 folder.log({"step": step} | record)
-        if accelerator.is_main_process and (last or step % config.preview_every == 0):
+        if accelerator.is_main_process and previewing:
             save_preview(state, val_dataset, folder, step, config.preview_images)
         if last or step % config.checkpoint_every == 0:
             save(config, chosen, folder, state, step, accelerator)
