@@ -57,8 +57,7 @@ def read_json(path: Path, expected_format: str, expected_version: int) -> dict[s
         raise ValueError(f"{path}: format is {found.get('format')!r}, expected {expected_format!r}")
     if found.get("version") != expected_version:
         raise ValueError(
-            f"{path}: version is {found.get('version')!r}, "
-            f"this program reads version {expected_version}"
+            f"{path}: version is {found.get('version')!r}, this program reads {expected_version}"
         )
     return found
 
